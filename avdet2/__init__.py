@@ -1,0 +1,17 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Object detectors from unlabelled videos: importing avdet2 registers its models and data sets.
+"""
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "avdet2 extends Detectron2, which is not installed here: run "
+        "`python tools/install_detectron2.py`, or build it from its repository."
+    ) from error
+
+from avdet2 import data, evaluation, modeling  # noqa: F401
+from avdet2.config import add_avdet2_config  # noqa: F401
+
+__version__ = "0.1.0"

@@ -1,0 +1,174 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Every configuration key that avdet2 adds to Detectron2's.
+"""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_avdet2_config(cfg: CN) -> None:
+    """
+    Add the keys of avdet2 to a Detectron2 config, in place.
+
+    The defaults are the paper's where it states a value, and change nothing for stock models: a
+    config without any of these keys trains as Detectron2 trains it.
+
+    Args:
+        cfg: the node that :func:`detectron2.config.get_cfg` returns.
+    """
+    _add_data(cfg)
+    _add_localizer(cfg)
+    _add_self_boxes(cfg)
+    _add_solver(cfg)
+    _add_test(cfg)
+    _add_pipeline(cfg)
+
+
+def _add_data(cfg: CN) -> None:
+    # A folder of videos, or a clip list (csv, jsonl), that is to be used in place of
+    # DATASETS.TRAIN. Empty: DATASETS.TRAIN as it stands.
+    cfg.DATASETS.VIDEOS = ""
+    # Videos of a folder are cut into clips of so many seconds.
+    cfg.DATASETS.CLIP_SECONDS = 10.0
+    # Folder that tools/prepare_clips.py wrote; clips that it holds are read from there, the others
+    # from the original files.
+    cfg.DATASETS.PREPARED = ""
+
+    # What reads a training sample: DatasetMapper (stock), AVMapper (a frame and its sound, for the
+    # localizer) or SelfBoxMapper (an image with self-boxes, for the detector).
+    cfg.INPUT.MAPPER = "DatasetMapper"
+    cfg.INPUT.AV = CN()
+    # The short side of a frame is resized to FRAME_SIZE, then a square of CROP_SIZE is cut out
+    # (Sec. 4.3). Tests see the whole frame with its short side at FRAME_SIZE.
+    cfg.INPUT.AV.FRAME_SIZE = 256
+    cfg.INPUT.AV.CROP_SIZE = 224
+    # The sound of one sample: so many seconds around the frame's time (App. B: "24Hz" is 24 kHz).
+    cfg.INPUT.AV.AUDIO_SECONDS = 1.0
+    cfg.INPUT.AV.SAMPLE_RATE = 24000
+
+
+def _add_localizer(cfg: CN) -> None:
+    # AVOL-Net as an image backbone (build_avol_backbone, build_avol_fpn_backbone): channels of its
+    # four blocks; stride of the first convolution; the max-pooling behind blocks 1 to 3 (1: none).
+    # 2 and (2, 2, 2) make the last map 1/16 of the image.
+    cfg.MODEL.AVOL = CN()
+    cfg.MODEL.AVOL.CHANNELS = (64, 128, 256, 512)
+    cfg.MODEL.AVOL.STEM_STRIDE = 2
+    cfg.MODEL.AVOL.POOLS = (2, 2, 2)
+    cfg.MODEL.AVOL.NORM = "BN"
+    cfg.MODEL.AVOL.OUT_FEATURES = ("conv4",)
+
+    cfg.MODEL.LOCALIZER = CN()
+    node = cfg.MODEL.LOCALIZER
+    # The visual encoder is cfg.MODEL.BACKBONE (any of BACKBONE_REGISTRY; the paper's is
+    # build_avol_backbone): which of its feature maps is used. "res4" of a ResNet has stride 16.
+    node.VISUAL_FEATURE = "conv4"
+    # AUDIO_ENCODER_REGISTRY, and an AVOL-Net's shape; see MODEL.AVOL.
+    node.AUDIO_ENCODER = CN()
+    node.AUDIO_ENCODER.NAME = "AVOLAudioEncoder"
+    node.AUDIO_ENCODER.CHANNELS = (64, 128, 256, 512)
+    node.AUDIO_ENCODER.STEM_STRIDE = 2
+    node.AUDIO_ENCODER.POOLS = (2, 2, 2)
+    # BN, SyncBN (GPUs) or naiveSyncBN (also CPUs), for the audio encoder and the heads.
+    node.NORM = "BN"
+
+    # The four heads (App. B): hidden width, common embedding, clusters K, dropout.
+    node.HIDDEN_DIM = 512
+    node.EMBED_DIM = 128
+    node.NUM_CLUSTERS = 39
+    node.DROPOUT = 0.0
+
+    node.SPECTROGRAM = CN()
+    # logmel (Slaney scale and norm), or linear (N_MELS is then not used).
+    node.SPECTROGRAM.TYPE = "logmel"
+    node.SPECTROGRAM.N_FFT = 1024
+    node.SPECTROGRAM.WIN_LENGTH = 480
+    node.SPECTROGRAM.HOP_LENGTH = 120
+    node.SPECTROGRAM.N_MELS = 257
+    node.SPECTROGRAM.F_MIN = 0.0
+    node.SPECTROGRAM.F_MAX = 12000.0
+    # log(power + LOG_EPS), then (x - MEAN) / STD: about zero mean, so that the zero padding of the
+    # convolutions is no loud border.
+    node.SPECTROGRAM.LOG_EPS = 1e-6
+    node.SPECTROGRAM.MEAN = -6.5
+    node.SPECTROGRAM.STD = 4.8
+
+    # Eq. 4: LAMBDA * L_NC + (1 - LAMBDA) * L_clust. At 1 the clustering heads are not built.
+    node.LAMBDA = 0.5
+    # Score of a pair from its heatmap: "max" (the paper's S), "avg" in pre-training (App. B).
+    node.POOL = "max"
+    # Temperature rho: "log" learns log(1 / rho), "linear" learns 1 / rho itself.
+    node.RHO_PARAM = "log"
+    node.RHO_INIT = 0.07
+    # Upper bound of 1 / rho.
+    node.MAX_SCALE = 100.0
+    # Negatives from all processes, with gradients.
+    node.GATHER = True
+
+    node.SELF_LABEL = CN()
+    # Number of times that the labels are estimated anew, denser at the start for POWER > 1:
+    # iteration MAX_ITER * (i / (NUM_OPTIMIZATIONS - 1)) ** POWER (SeLaVi's schedule).
+    node.SELF_LABEL.NUM_OPTIMIZATIONS = 100
+    node.SELF_LABEL.POWER = 1.5
+    # Exponent of Sinkhorn-Knopp (not eq. 4's lambda), L1 tolerance of the marginals, pass limit.
+    node.SELF_LABEL.SK_LAMBDA = 20.0
+    node.SELF_LABEL.TOL = 1e-6
+    node.SELF_LABEL.MAX_PASSES = 2000
+    # Cluster sizes: "uniform" (eq. 3), "gaussian" (std SIGMA of a mean of 1), or a file with K
+    # numbers.
+    node.SELF_LABEL.MARGINALS = "uniform"
+    node.SELF_LABEL.SIGMA = 0.1
+    # First labels: "sinkhorn" (the paper), or "kmeans" on the audio embeddings f_a.
+    node.SELF_LABEL.INIT = "sinkhorn"
+    # Clips in a batch of the pass over the data set.
+    node.SELF_LABEL.BATCH_SIZE = 64
+
+
+def _add_self_boxes(cfg: CN) -> None:
+    cfg.MODEL.SELF_BOX = CN()
+    node = cfg.MODEL.SELF_BOX
+    # Eq. 5's beta: drawn from this range in training, its middle at test time. One value twice is
+    # a fixed beta.
+    node.BETA = (0.7, 0.9)
+    # All components above the threshold, or only the largest (the paper).
+    node.MULTI = False
+    # Class of a self-box: "none" (class-agnostic warm-up), "self" (eq. 6), or "video" (the label
+    # in the clip list: weak supervision).
+    node.LABELS = "self"
+    # The frozen localizer: the config.yaml that its training wrote, and its checkpoint.
+    node.LOCALIZER_CONFIG = ""
+    node.LOCALIZER_WEIGHTS = ""
+    # Start the detector's bottom-up backbone from the localizer's visual encoder, which must be
+    # the same network (build_avol_fpn_backbone, or the same ResNet).
+    node.INIT_BACKBONE = False
+
+    # The row "Center Box" of Table 1: range of the sides, as fractions of the frame's.
+    cfg.MODEL.CENTER_BOX = CN()
+    cfg.MODEL.CENTER_BOX.SIZE_RANGE = (0.1, 1.0)
+
+
+def _add_solver(cfg: CN) -> None:
+    # SGD, Adam or AdamW.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Length of the training, and of the warm-up, in passes over the training set. Above 0 they
+    # replace MAX_ITER and WARMUP_ITERS.
+    cfg.SOLVER.MAX_EPOCH = 0.0
+    cfg.SOLVER.WARMUP_EPOCH = 0.0
+
+
+def _add_test(cfg: CN) -> None:
+    cfg.TEST.MATCHING = CN()
+    # How clusters get names, for assessment only: hungarian, argmax, mshot or file.
+    cfg.TEST.MATCHING.METHOD = "hungarian"
+    # Clips per cluster whose label is looked at by mshot.
+    cfg.TEST.MATCHING.M = 1
+    # A cluster_matching.json to be used again (METHOD "file").
+    cfg.TEST.MATCHING.FILE = ""
+
+
+def _add_pipeline(cfg: CN) -> None:
+    # Stages of tools/run_pipeline.py in order, each with a config file (relative to the
+    # pipeline's own). A stage's weights and localizer come from the stages before it.
+    cfg.PIPELINE = CN()
+    cfg.PIPELINE.STAGES = ()
+    cfg.PIPELINE.CONFIGS = ()

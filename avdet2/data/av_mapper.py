@@ -1,0 +1,203 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+A clip's dict to a frame and its sound, for the localizer.
+"""
+
+import logging
+import math
+
+import numpy as np
+import torch
+
+from detectron2.config import configurable
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+
+from avdet2.data.packed import ClipReader
+from avdet2.data.video import MediaError, audio_to_int16, read_audio
+from avdet2.data.windows import center_window, random_window
+
+logger = logging.getLogger(__name__)
+
+# A mapper that fails so often in a row has a wrong path or a dead disk, not a bad clip.
+MAX_FAILURES_IN_A_ROW = 100
+
+
+def to_image_tensor(image: np.ndarray) -> torch.Tensor:
+    """
+    (H, W, 3) to a contiguous (3, H, W) tensor.
+    """
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+class ClipSampler:
+    """
+    Draws one moment of a clip: a frame and the sound around it.
+
+    A clip that cannot be read gives None and is logged once; the stock MapDataset then draws
+    another.
+    """
+
+    def __init__(self, reader: ClipReader, audio_seconds: float, random_time: bool) -> None:
+        """
+        Args:
+            reader: reads the prepared form, or the video.
+            audio_seconds: length of the sound.
+            random_time: a random moment, or the middle of the clip.
+        """
+        self.reader, self.audio_seconds, self.random_time = reader, audio_seconds, random_time
+        self.failed: dict[str, str] = {}
+        self.failures_in_a_row = 0
+
+    def moment(self, clip: dict) -> float:
+        """
+        A time in seconds whose sound lies within the clip, where the clip is long enough.
+        """
+        slack = max(0.0, clip["duration"] - self.audio_seconds)
+        position = np.random.rand() if self.random_time else 0.5
+        return clip["start"] + (clip["duration"] - slack) / 2 + position * slack
+
+    def __call__(self, clip: dict) -> tuple[np.ndarray, np.ndarray] | None:
+        """
+        Args:
+            clip: dict of a registered clip.
+
+        Returns:
+            tuple: frame (H, W, 3) uint8 RGB and sound (T,) float32; None for a bad clip.
+        """
+        try:
+            sample = self.reader.read(clip, self.moment(clip))
+        except MediaError as error:
+            self._count(clip["file_name"], error)
+            return None
+        self.failures_in_a_row = 0
+        return sample
+
+    def _count(self, file_name: str, error: MediaError) -> None:
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            raise ValueError(
+                f"{self.failures_in_a_row} clips in a row could not be read; the last one: {error}"
+            ) from error
+        if file_name not in self.failed:
+            self.failed[file_name] = str(error)
+            logger.warning(f"skipped clip, {len(self.failed)} so far in this worker: {error}")
+
+
+class AVMapper:
+    """
+    Makes {"image", "waveform", "sample_id"} of a clip, or of a test image with its paired sound.
+
+    Images stay uint8 and sound int16: both become floats on the model's device.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        crop: str,
+        sampler: ClipSampler,
+        frame_size: int,
+        crop_size: int,
+        flip: bool,
+        audio_seconds: float,
+        sample_rate: int,
+        image_format: str,
+    ) -> None:
+        """
+        Args:
+            crop: "random" (training), "center", or "full" (the whole frame, for tests).
+            sampler: reads clips.
+            frame_size: the short side of a frame, from which ``crop_size`` is cut.
+            crop_size: the side of a crop, in pixels.
+            flip: mirror random crops in half of the cases.
+            audio_seconds, sample_rate: of the sound.
+            image_format: "RGB" or "BGR".
+        """
+        if crop not in ("random", "center", "full"):
+            raise ValueError(f"crop must be random, center or full, not {crop!r}")
+        if crop_size > frame_size:
+            raise ValueError(f"INPUT.AV.CROP_SIZE {crop_size} is above FRAME_SIZE {frame_size}")
+        self.crop, self.sampler = crop, sampler
+        self.frame_size, self.crop_size, self.flip = frame_size, crop_size, flip
+        self.audio_seconds, self.sample_rate = audio_seconds, sample_rate
+        self.image_format = image_format
+
+    @classmethod
+    def from_config(cls, cfg, crop: str = "random"):
+        node = cfg.INPUT.AV
+        reader = ClipReader(
+            cfg.DATASETS.PREPARED, duration=node.AUDIO_SECONDS, sample_rate=node.SAMPLE_RATE
+        )
+        return {
+            "crop": crop,
+            "sampler": ClipSampler(reader, node.AUDIO_SECONDS, random_time=crop == "random"),
+            "frame_size": node.FRAME_SIZE,
+            "crop_size": node.CROP_SIZE,
+            "flip": cfg.INPUT.RANDOM_FLIP == "horizontal",
+            "audio_seconds": node.AUDIO_SECONDS,
+            "sample_rate": node.SAMPLE_RATE,
+            "image_format": cfg.INPUT.FORMAT,
+        }
+
+    def __call__(self, dataset_dict: dict) -> dict | None:
+        """
+        Args:
+            dataset_dict: of a registered clip, or of a test image with "audio_file" and "time".
+
+        Returns:
+            dict: the input's entries without annotations, "image" (3, h, w) uint8 and "waveform"
+            (T,) int16; None for a clip that cannot be read.
+        """
+        sample = self.read(dataset_dict)
+        if sample is None:
+            return None
+        frame, waveform = sample
+        image = self._transforms(*frame.shape[:2]).apply_image(frame)
+        if self.image_format == "BGR":
+            image = image[:, :, ::-1]
+        output = {key: value for key, value in dataset_dict.items() if key != "annotations"}
+        output["image"] = to_image_tensor(image)
+        output["waveform"] = torch.from_numpy(audio_to_int16(waveform))
+        return output
+
+    def read(self, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray] | None:
+        """
+        The frame (H, W, 3) uint8 RGB as it is in the file, and the sound (T,) float32; None for a
+        clip that cannot be read.
+
+        Raises:
+            ValueError: there is no sound to the image.
+        """
+        if "start" in dataset_dict:
+            return self.sampler(dataset_dict)
+        if "audio_file" not in dataset_dict:
+            raise ValueError(
+                f"{dataset_dict.get('file_name')} has no sound: the localizer needs clips "
+                "(register_av_clips), or images with `audio_file` and `time`"
+            )
+        frame = detection_utils.read_image(dataset_dict["file_name"], "RGB")
+        waveform = read_audio(
+            dataset_dict["audio_file"], dataset_dict["time"], self.audio_seconds, self.sample_rate
+        )
+        return frame, waveform
+
+    def _transforms(self, height: int, width: int) -> T.Transform:
+        fraction = self.crop_size / self.frame_size
+        if self.crop == "random":
+            return random_window(height, width, fraction, self.flip).transforms(self.crop_size)
+        if self.crop == "center":
+            return center_window(height, width, fraction).transforms(self.crop_size)
+        return T.ResizeTransform(height, width, *full_frame_size(height, width, self.frame_size))
+
+
+def full_frame_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """
+    A frame's size with its short side at ``short_side`` and its long side at a multiple of 32, or
+    of the largest power of 2 below that divides ``short_side``, so that a fully convolutional map
+    covers the frame to its edges.
+    """
+    scale, step = short_side / min(height, width), math.gcd(short_side, 32)
+    new = [max(short_side, round(side * scale / step) * step) for side in (height, width)]
+    new[int(np.argmin((height, width)))] = short_side
+    return tuple(new)

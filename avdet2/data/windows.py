@@ -1,0 +1,64 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+One square window of a frame, at any resolution.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from detectron2.data import transforms as T
+
+
+class Window(NamedTuple):
+    """
+    A square of a frame.
+
+    Attributes:
+        height, width: of the frame, in pixels.
+        x, y, side: of the square, in pixels.
+        flip: mirror it horizontally.
+    """
+
+    height: int
+    width: int
+    x: int
+    y: int
+    side: int
+    flip: bool = False
+
+    def transforms(self, size: int) -> T.TransformList:
+        """
+        Stock transforms that cut the window out of the frame and resize it to (size, size).
+        """
+        steps = [
+            T.CropTransform(self.x, self.y, self.side, self.side, self.width, self.height),
+            T.ResizeTransform(self.side, self.side, size, size),
+        ]
+        if self.flip:
+            steps.append(T.HFlipTransform(size))
+        return T.TransformList(steps)
+
+
+def center_window(height: int, width: int, fraction: float) -> Window:
+    """
+    The central square whose side is ``fraction`` of the short side.
+    """
+    side = max(1, round(min(height, width) * fraction))
+    return Window(height, width, (width - side) // 2, (height - side) // 2, side)
+
+
+def random_window(height: int, width: int, fraction: float, flip: bool) -> Window:
+    """
+    A random square whose side is ``fraction`` of the short side (224 / 256 in Sec. 4.3), drawn
+    from numpy's global state as Detectron2's augmentations are.
+
+    Args:
+        height, width: of the frame.
+        fraction: in (0, 1].
+        flip: mirror it in half of the cases.
+    """
+    side = center_window(height, width, fraction).side
+    x = np.random.randint(width - side + 1)
+    y = np.random.randint(height - side + 1)
+    return Window(height, width, x, y, side, flip and np.random.rand() < 0.5)

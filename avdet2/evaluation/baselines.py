@@ -1,0 +1,109 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Detectors that learn nothing, as meta-architectures: rows of Table 1 that run by `--eval-only`.
+"""
+
+import zlib
+from abc import abstractmethod
+
+import numpy as np
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Boxes, Instances
+
+__all__ = ["BoxBaseline", "CenterBox"]
+
+
+class BoxBaseline(nn.Module):
+    """
+    A rule that puts boxes of one class into an image. Subclasses say which.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Optimizers, checkpointers and DDP expect a model to have a parameter; this one also knows
+        # the device.
+        self.placeholder = nn.Parameter(torch.zeros(1))
+
+    @abstractmethod
+    def propose(self, image: dict) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The boxes for one image.
+
+        Args:
+            image: an element of the model's input.
+
+        Returns:
+            boxes of shape (n, 4), x1 y1 x2 y2 in pixels of the original image, and scores of shape
+            (n,).
+        """
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        """
+        Args:
+            batched_inputs: dicts with "height", "width" and "image_id", in Detectron2's format.
+
+        Returns:
+            for each image {"instances": Instances} at (height, width), with `pred_boxes`, `scores`
+            and `pred_classes` (all 0).
+
+        Raises:
+            ValueError: in training.
+        """
+        if self.training:
+            raise ValueError(
+                f"{type(self).__name__} has nothing to learn; run it with --eval-only."
+            )
+        return [{"instances": self._instances(image)} for image in batched_inputs]
+
+    def _instances(self, image: dict) -> Instances:
+        boxes, scores = self.propose(image)
+        device = self.placeholder.device
+        instances = Instances((image["height"], image["width"]))
+        instances.pred_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32, device=device))
+        instances.scores = torch.as_tensor(scores, dtype=torch.float32, device=device)
+        instances.pred_classes = torch.zeros(len(boxes), dtype=torch.int64, device=device)
+        return instances
+
+
+@META_ARCH_REGISTRY.register()
+class CenterBox(BoxBaseline):
+    """
+    "Center Box" of Table 1: one randomly sized box in the middle of each frame.
+
+    The paper does not give the distribution; here width and height are drawn independently and
+    uniformly, as fractions of the frame's. An image always gets the same box.
+    """
+
+    @configurable
+    def __init__(self, *, size_range: tuple[float, float]) -> None:
+        """
+        Args:
+            size_range: least and greatest fraction; (0.8, 0.8) is a fixed size.
+
+        Raises:
+            ValueError: not 0 < least <= greatest <= 1.
+        """
+        super().__init__()
+        low, high = size_range
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"MODEL.CENTER_BOX.SIZE_RANGE is {tuple(size_range)}, but must be two fractions of "
+                "the frame, the smaller one first."
+            )
+        self.size_range = (low, high)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        return {"size_range": cfg.MODEL.CENTER_BOX.SIZE_RANGE}
+
+    def propose(self, image: dict) -> tuple[np.ndarray, np.ndarray]:
+        # The seed depends on nothing but the image: not on its order, its batch or its process.
+        seed = zlib.crc32(str(image["image_id"]).encode())
+        half = np.random.default_rng(seed).uniform(*self.size_range, size=2) / 2
+        corners = np.concatenate([0.5 - half, 0.5 + half])
+        frame = np.array([image["width"], image["height"]] * 2)
+        return (corners * frame)[None], np.ones(1)

@@ -1,0 +1,48 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Results of several models in one table, laid out as the paper's Table 1.
+"""
+
+import math
+from collections.abc import Mapping
+
+__all__ = ["results_table"]
+
+# Heading of a column, and where its number stands in a model's results.
+COLUMNS = (
+    ("AP30", "bbox", "AP30"),
+    ("AP50", "bbox", "AP50"),
+    ("AP", "bbox", "AP"),
+    ("AP30*", "bbox_agnostic", "AP30"),
+    ("AP50*", "bbox_agnostic", "AP50"),
+    ("AP*", "bbox_agnostic", "AP"),
+    ("NMI", "clusters", "NMI"),
+    ("accuracy", "clusters", "hungarian_accuracy"),
+)
+
+
+def results_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """
+    A Markdown table with one row per model.
+
+    Args:
+        rows: for each row's name, the results of its evaluation (task, metric, number). APs are
+            percentages; "NMI" and "hungarian_accuracy" of "clusters" are fractions. What is absent
+            or NaN is shown as "-".
+
+    Returns:
+        the table, in percent with one decimal; a star marks class-agnostic columns.
+    """
+    lines = [["method"] + [heading for heading, _, _ in COLUMNS], ["---"] + ["---:"] * len(COLUMNS)]
+    for name, results in rows.items():
+        # A bar in the row's name would end its cell.
+        line = [name.replace("|", "\\|")]
+        for _, task, metric in COLUMNS:
+            scale = 100 if task == "clusters" else 1
+            line.append(_percentage(results.get(task, {}).get(metric), scale))
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _percentage(number: float | None, scale: int) -> str:
+    return "-" if number is None or math.isnan(number) else f"{scale * number:.1f}"

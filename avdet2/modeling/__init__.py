@@ -1,0 +1,7 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+from avdet2.modeling.avol import (  # noqa: F401
+    AUDIO_ENCODER_REGISTRY,
+    build_avol_backbone,
+    build_avol_fpn_backbone,
+)
+from avdet2.modeling.meta_arch import AVLocalizer  # noqa: F401

@@ -1,0 +1,91 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+The trained localizer as a frozen teacher.
+"""
+
+import torch
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+
+from avdet2.config import add_avdet2_config
+from avdet2.modeling.meta_arch import AVLocalizer
+
+
+def load_localizer(
+    config_file: str, weights: str, device: str = "cpu"
+) -> tuple[AVLocalizer, CfgNode]:
+    """
+    Build a localizer from the config.yaml that its training wrote, and load its checkpoint.
+
+    Args:
+        config_file: path of the config.
+        weights: path of the checkpoint; nothing in it is executed.
+        device: where the model shall live.
+
+    Returns:
+        tuple: the model in eval mode without gradients, and its config.
+
+    Raises:
+        ValueError: a file is missing, or the checkpoint does not fit the config.
+    """
+    _check_file("LOCALIZER_CONFIG", config_file)
+    _check_file("LOCALIZER_WEIGHTS", weights)
+    cfg = get_cfg()
+    add_avdet2_config(cfg)
+    cfg.merge_from_file(PathManager.get_local_path(config_file), allow_unsafe=False)
+    cfg.MODEL.DEVICE = device
+    if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer":
+        raise ValueError(f"{config_file} is not the config of an AVLocalizer")
+    model = build_model(cfg)
+    state = load_model_state(weights)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{weights} does not fit {config_file}: {error}") from error
+    return model.eval().requires_grad_(False), cfg
+
+
+def _check_file(key: str, path: str) -> None:
+    if not path or not PathManager.isfile(path):
+        raise ValueError(
+            f"MODEL.SELF_BOX.{key} {path!r} is not a file: train a localizer first "
+            "(configs/AV-Localization), its OUTPUT_DIR holds config.yaml and model_final.pth"
+        )
+
+
+def load_model_state(weights: str) -> dict[str, torch.Tensor]:
+    """
+    The model's part of a checkpoint, loaded without executing anything in the file.
+    """
+    with PathManager.open(weights, "rb") as f:
+        checkpoint = torch.load(f, map_location="cpu", weights_only=True)
+    return checkpoint.get("model", checkpoint)
+
+
+def init_backbone(backbone: torch.nn.Module, weights: str) -> None:
+    """
+    Start a detector's backbone from the visual encoder of a localizer's checkpoint.
+
+    Args:
+        backbone: an FPN, whose ``bottom_up`` is used, or a plain backbone.
+        weights: path of the localizer's checkpoint.
+
+    Raises:
+        ValueError: the file is missing, or the two are not the same network.
+    """
+    _check_file("LOCALIZER_WEIGHTS", weights)
+    prefix = "visual_encoder."
+    state = {
+        key[len(prefix) :]: value
+        for key, value in load_model_state(weights).items()
+        if key.startswith(prefix)
+    }
+    try:
+        getattr(backbone, "bottom_up", backbone).load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            "MODEL.SELF_BOX.INIT_BACKBONE needs a detector whose bottom-up backbone is the "
+            f"localizer's visual encoder: {error}"
+        ) from error

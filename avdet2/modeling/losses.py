@@ -1,0 +1,185 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Eq. 1 and 2: the noise-contrastive loss over pairs of frames and sounds, and the clustering loss.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from detectron2.utils import comm
+
+
+class Temperature(nn.Module):
+    """
+    The learnable temperature rho of the heatmap, kept as one scalar weight (App. B).
+    """
+
+    def __init__(self, kind: str = "log", init: float = 0.07, max_scale: float = 100.0) -> None:
+        """
+        Args:
+            kind: "log" learns log(1 / rho) as CLIP does, "linear" learns 1 / rho as the paper's
+                authors do in their public code.
+            init: first value of rho.
+            max_scale: upper bound of 1 / rho.
+        """
+        super().__init__()
+        if kind not in ("log", "linear"):
+            raise ValueError(f"RHO_PARAM must be log or linear, not {kind!r}")
+        if init <= 0:
+            raise ValueError(f"RHO_INIT must be positive, not {init}")
+        self.kind, self.max_scale = kind, max_scale
+        value = 1.0 / init if kind == "linear" else math.log(1.0 / init)
+        # Its own name, so that the optimizer can leave it without weight decay.
+        self.rho_scale = nn.Parameter(torch.tensor(value))
+
+    def forward(self) -> torch.Tensor:
+        """
+        Returns:
+            Tensor: the scalar 1 / rho.
+        """
+        scale = self.rho_scale.exp() if self.kind == "log" else self.rho_scale
+        return scale.clamp(max=self.max_scale)
+
+
+class _AllGather(torch.autograd.Function):
+    """
+    Concatenation over processes whose gradient is the sum of all processes' gradients.
+
+    torch.distributed.nn's own function returns wrong gradients where the incoming gradient is not
+    contiguous.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.length = len(tensor)
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(comm.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        # A copy: all_reduce writes into it, and autograd may have given grad to others too.
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        start = comm.get_rank() * ctx.length
+        return grad[start : start + ctx.length]
+
+
+def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        tensor: of shape (n, ...), the same on every process.
+
+    Returns:
+        Tensor: of shape (W * n, ...) for W processes, in the order of ranks. Gradients reach the
+        process that a row came from.
+    """
+    return tensor if comm.get_world_size() == 1 else _AllGather.apply(tensor)
+
+
+def heatmaps(visual: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
+    """
+    Cosine similarity of every location with the sound of its own pair: rho * h_u of Sec. 3.1.
+
+    Args:
+        visual: of shape (N, D, h, w), unit length over D.
+        audio: of shape (N, D), unit length.
+
+    Returns:
+        Tensor: of shape (N, h, w), in [-1, 1].
+    """
+    return torch.einsum("ndhw,nd->nhw", visual, audio)
+
+
+def pair_scores(visual: torch.Tensor, audio: torch.Tensor, pool: str) -> torch.Tensor:
+    """
+    Scores rho * S(v, a) of all pairs of frames and sounds.
+
+    Args:
+        visual: of shape (N, D, h, w), unit length over D.
+        audio: of shape (M, D), unit length.
+        pool: "max" over locations (Sec. 3.1), or "avg" (App. B, for pre-training). The average of
+            the heatmap is the heatmap of the average, so it costs one matrix product.
+
+    Returns:
+        Tensor: of shape (N, M).
+    """
+    if pool == "avg":
+        return visual.mean(dim=(2, 3)) @ audio.t()
+    if pool != "max":
+        raise ValueError(f"POOL must be max or avg, not {pool!r}")
+    maps = torch.matmul(audio, visual.flatten(2))
+    return maps.amax(dim=2)
+
+
+class NCELoss(nn.Module):
+    """
+    Eq. 1: the mean of both directions' cross-entropies over the pairs of a batch.
+
+    With several processes and ``gather``, the batch is that of all processes; every process
+    returns the loss of its own pairs, and gradients averaged over processes (as DDP does) are
+    those of the loss over the global batch.
+    """
+
+    def __init__(self, temperature: Temperature, pool: str = "max", gather: bool = True) -> None:
+        """
+        Args:
+            temperature: gives 1 / rho.
+            pool: see :func:`pair_scores`.
+            gather: take negatives from all processes.
+        """
+        super().__init__()
+        if pool not in ("max", "avg"):
+            raise ValueError(f"POOL must be max or avg, not {pool!r}")
+        self.temperature, self.pool, self.gather = temperature, pool, gather
+
+    def forward(
+        self, visual: torch.Tensor, audio: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            visual: of shape (N, D, h, w), unit length over D.
+            audio: of shape (N, D), unit length.
+
+        Returns:
+            tuple: the loss, and the share of frames whose own sound scores highest, both scalars.
+        """
+        offset = 0
+        rows_audio = audio
+        if self.gather:
+            offset = comm.get_rank() * len(audio)
+            rows_audio = all_gather_with_grad(audio)
+        rows = pair_scores(visual, rows_audio, self.pool) * self.temperature()
+        columns = all_gather_with_grad(rows) if self.gather else rows
+        columns = columns[:, offset : offset + len(audio)].t()
+        target = torch.arange(offset, offset + len(audio), device=audio.device)
+        loss = (F.cross_entropy(rows, target) + F.cross_entropy(columns, target)) / 2
+        accuracy = (rows.detach().argmax(dim=1) == target).float().mean()
+        return loss, accuracy
+
+
+def clustering_loss(
+    logits_v: torch.Tensor, logits_a: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """
+    Eq. 2: cross-entropy of both modalities' class scores with the shared labels.
+
+    Args:
+        logits_v, logits_a: of shape (N, K).
+        labels: of shape (N,), int64 in [0, K), or -1 for a pair without a label, which is left
+            out of the mean.
+
+    Returns:
+        Tensor: a scalar, 0 where no pair has a label.
+    """
+    count = (labels >= 0).sum().clamp(min=1)
+    total = sum(
+        F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
+        for logits in (logits_v, logits_a)
+    )
+    return total / (2 * count)

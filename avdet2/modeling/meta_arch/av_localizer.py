@@ -1,0 +1,272 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+The audio-visual localizer and clusterer: stages 1 and 2, and the teacher of stage 3.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage
+
+from avdet2.modeling.avol import AUDIO_ENCODER_REGISTRY
+from avdet2.modeling.heads import MLPHead, global_pool
+from avdet2.modeling.losses import NCELoss, Temperature, clustering_loss, heatmaps
+from avdet2.modeling.self_box import heatmaps_to_boxes
+from avdet2.modeling.spectrogram import LogSpectrogram
+
+
+class PairFeatures(NamedTuple):
+    """
+    What the networks make of N pairs of frames and sounds.
+
+    Attributes:
+        visual: f^v, of shape (N, D, h, w), unit length over D.
+        audio: f^a, of shape (N, D), unit length.
+        logits_v, logits_a: g^v and g^a, of shape (N, K); None without clustering heads.
+    """
+
+    visual: torch.Tensor
+    audio: torch.Tensor
+    logits_v: torch.Tensor | None
+    logits_a: torch.Tensor | None
+
+
+@META_ARCH_REGISTRY.register()
+class AVLocalizer(nn.Module):
+    """
+    Two encoders q^v and q^a with four heads f^v, f^a, g^v, g^a, trained by eq. 4.
+
+    In training it returns a dict of losses. In inference every image gets a self-box (eq. 5), its
+    cluster (eq. 6), and the heatmap and logits that they come from.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        visual_encoder: Backbone,
+        visual_feature: str,
+        audio_encoder: nn.Module,
+        spectrogram: LogSpectrogram,
+        temperature: Temperature,
+        hidden_dim: int,
+        embed_dim: int,
+        num_clusters: int,
+        norm: str,
+        dropout: float,
+        nce_weight: float,
+        pool: str,
+        gather: bool,
+        beta: tuple[float, float],
+        multi: bool,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        """
+        Args:
+            visual_encoder: any backbone; its map ``visual_feature`` is used.
+            audio_encoder: maps (N, 1, F, T) to (N, C, f, t); attribute ``out_channels``.
+            spectrogram: maps (N, T) waveforms to (N, 1, F, T').
+            temperature: learnable rho.
+            hidden_dim, embed_dim, num_clusters, norm, dropout: of the heads.
+            nce_weight: lambda of eq. 4, in [0, 1]; at 1 there are no clustering heads.
+            pool, gather: see :class:`NCELoss`.
+            beta, multi: of the self-boxes; in inference the middle of the range ``beta`` is used.
+            pixel_mean, pixel_std: per channel, of images in 0..255.
+        """
+        super().__init__()
+        if not 0 <= nce_weight <= 1:
+            raise ValueError(f"MODEL.LOCALIZER.LAMBDA must be in [0, 1], not {nce_weight}")
+        self.visual_encoder, self.visual_feature = visual_encoder, visual_feature
+        self.audio_encoder, self.spectrogram = audio_encoder, spectrogram
+        shapes = visual_encoder.output_shape()
+        if visual_feature not in shapes:
+            raise ValueError(
+                f"MODEL.LOCALIZER.VISUAL_FEATURE {visual_feature!r} is none of the backbone's "
+                f"outputs {sorted(shapes)}"
+            )
+        visual_dim, audio_dim = shapes[visual_feature].channels, audio_encoder.out_channels
+        self.nce = NCELoss(temperature, pool, gather)
+        self.nce_weight, self.num_clusters = nce_weight, num_clusters
+        self.beta, self.multi = sum(beta) / 2, multi
+
+        def head(in_channels: int, out_channels: int) -> MLPHead:
+            return MLPHead(in_channels, hidden_dim, out_channels, norm, dropout)
+
+        self.loc_v, self.loc_a = head(visual_dim, embed_dim), head(audio_dim, embed_dim)
+        # DDP fails on parameters without a gradient, so heads without a loss are not built.
+        self.has_clusters = nce_weight < 1
+        if self.has_clusters:
+            self.cls_v, self.cls_a = head(visual_dim, num_clusters), head(audio_dim, num_clusters)
+        # Labels y of all training clips by sample_id, set by SelfLabelHook and saved with it.
+        self.register_buffer("labels", torch.empty(0, dtype=torch.long), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        # A fifth faster on CPUs, and what tensor cores want.
+        self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.LOCALIZER
+        return {
+            "visual_encoder": build_backbone(cfg),
+            "visual_feature": node.VISUAL_FEATURE,
+            "audio_encoder": AUDIO_ENCODER_REGISTRY.get(node.AUDIO_ENCODER.NAME)(cfg),
+            "spectrogram": LogSpectrogram(cfg),
+            "temperature": Temperature(node.RHO_PARAM, node.RHO_INIT, node.MAX_SCALE),
+            "hidden_dim": node.HIDDEN_DIM,
+            "embed_dim": node.EMBED_DIM,
+            "num_clusters": node.NUM_CLUSTERS,
+            "norm": node.NORM,
+            "dropout": node.DROPOUT,
+            "nce_weight": node.LAMBDA,
+            "pool": node.POOL,
+            "gather": node.GATHER,
+            "beta": cfg.MODEL.SELF_BOX.BETA,
+            "multi": cfg.MODEL.SELF_BOX.MULTI,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+        """
+        Args:
+            batched_inputs: dicts of AVMapper, with "image" (3, h, w) uint8 and "waveform" (T,)
+                int16; in training also "sample_id", and images of one size.
+
+        Returns:
+            in training a dict of ``loss_nce`` and ``loss_cluster``, weighted as in eq. 4.
+            In inference a list of dicts: "instances" (the self-box in pixels of "height" and
+            "width", its score in [0, 1], its cluster; empty where the heatmap has no peak),
+            "heatmap" (h, w), "logits_v" and "logits_a" (K,) or None, "embed_a" (D,).
+        """
+        if self.training:
+            features = self.extract(*self.preprocess(batched_inputs))
+            return self.losses(features, batched_inputs)
+        sizes = {tuple(x["image"].shape) for x in batched_inputs}
+        groups = [batched_inputs] if len(sizes) == 1 else [[x] for x in batched_inputs]
+        return [output for group in groups for output in self.inference(group)]
+
+    def preprocess(self, batched_inputs: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Normalised images (N, 3, h, w) and log spectrograms (N, 1, F, T) on the model's device.
+        """
+        images = torch.stack([x["image"] for x in batched_inputs]).to(self.device)
+        images = (images - self.pixel_mean) / self.pixel_std
+        images = images.contiguous(memory_format=torch.channels_last)
+        waveforms = torch.stack([x["waveform"] for x in batched_inputs]).to(self.device)
+        return images, self.spectrogram(waveforms)
+
+    def extract(self, images: torch.Tensor, spectrograms: torch.Tensor) -> PairFeatures:
+        """
+        Run encoders and heads on what :meth:`preprocess` returns.
+        """
+        visual = self.visual_encoder(images)[self.visual_feature]
+        audio = global_pool(self.audio_encoder(spectrograms))
+        logits_v = logits_a = None
+        if self.has_clusters:
+            logits_v = self.cls_v(global_pool(visual)).flatten(1)
+            logits_a = self.cls_a(audio).flatten(1)
+        embed_v = F.normalize(self.loc_v(visual).float(), dim=1)
+        embed_a = F.normalize(self.loc_a(audio).flatten(1).float(), dim=1)
+        return PairFeatures(embed_v, embed_a, logits_v, logits_a)
+
+    def losses(self, features: PairFeatures, batched_inputs: list[dict]) -> dict:
+        """
+        Eq. 4, as a dict of its weighted terms.
+        """
+        storage = get_event_storage()
+        # Under AMP the products of the scores would be in half precision.
+        with torch.autocast(self.device.type, enabled=False):
+            nce, accuracy = self.nce(features.visual, features.audio)
+        storage.put_scalar("nce/accuracy", accuracy.item())
+        storage.put_scalar("nce/rho", 1.0 / self.nce.temperature().item())
+        losses = {"loss_nce": self.nce_weight * nce}
+        if self.has_clusters:
+            labels = self._labels_of(batched_inputs)
+            loss = clustering_loss(features.logits_v, features.logits_a, labels)
+            losses["loss_cluster"] = (1 - self.nce_weight) * loss
+        return losses
+
+    def _labels_of(self, batched_inputs: list[dict]) -> torch.Tensor:
+        if not len(self.labels):
+            raise ValueError(
+                "there are no self-labels yet: with LAMBDA < 1 train through "
+                "avdet2.engine.AVTrainer, whose SelfLabelHook estimates them, or set model.labels"
+            )
+        ids = [x["sample_id"] for x in batched_inputs]
+        return self.labels[torch.tensor(ids, device=self.labels.device)]
+
+    def localize(self, batched_inputs: list[dict]) -> tuple[torch.Tensor, PairFeatures]:
+        """
+        Heatmaps of pairs whose images have one size.
+
+        Returns:
+            tuple: cosine heatmaps (N, h, w) in [-1, 1] (rho * h of the paper: eq. 5 gives the same
+            boxes for both), and the features.
+        """
+        features = self.extract(*self.preprocess(batched_inputs))
+        with torch.autocast(self.device.type, enabled=False):
+            return heatmaps(features.visual, features.audio), features
+
+    def inference(self, batched_inputs: list[dict]) -> list[dict]:
+        """
+        See :meth:`forward`; images must have one size.
+        """
+        maps, features = self.localize(batched_inputs)
+        outputs = []
+        for i, inputs in enumerate(batched_inputs):
+            logits_v = logits_a = None
+            cluster = 0
+            if self.has_clusters:
+                logits_v, logits_a = features.logits_v[i].float(), features.logits_a[i].float()
+                cluster = int((logits_v + logits_a).argmax())
+            outputs.append(
+                {
+                    "instances": self._self_boxes(maps[i], inputs, cluster),
+                    "heatmap": maps[i],
+                    "logits_v": logits_v,
+                    "logits_a": logits_a,
+                    "embed_a": features.audio[i],
+                }
+            )
+        return outputs
+
+    def _self_boxes(self, heatmap: torch.Tensor, inputs: dict, cluster: int) -> Instances:
+        size = (
+            inputs.get("height", inputs["image"].shape[1]),
+            inputs.get("width", inputs["image"].shape[2]),
+        )
+        boxes, scores = self_boxes(heatmap, size, self.beta, self.multi)
+        instances = Instances(size)
+        instances.pred_boxes = Boxes(boxes)
+        instances.scores = (1 + scores) / 2
+        instances.pred_classes = torch.full((len(boxes),), cluster, dtype=torch.long)
+        return instances
+
+
+def self_boxes(
+    heatmap: torch.Tensor, image_size: tuple[int, int], beta: float, multi: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The self-boxes of one heatmap (h, w), on the CPU.
+
+    Returns:
+        tuple: boxes (n, 4), xyxy in pixels of ``image_size`` (H, W), and scores (n,), with n at
+        most 1 unless ``multi``.
+    """
+    found = heatmaps_to_boxes(heatmap[None].cpu(), image_size, beta, multi=multi)
+    if multi:
+        return found[0]
+    return found.boxes[found.valid], found.scores[found.valid]

@@ -1,0 +1,146 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Pictures: heatmaps with self-boxes, detections with names, training curves.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+
+from detectron2.utils.visualizer import Visualizer
+
+# Colours that stay apart on photographs, used in turn for classes.
+PALETTE = plt.get_cmap("tab10").colors
+
+
+def upscale(image: np.ndarray, min_side: int = 320) -> tuple[np.ndarray, float]:
+    """
+    Enlarge a small image, so that lines and text on it can be read.
+
+    Args:
+        image: (H, W, 3) uint8.
+        min_side: the least length of the short side in pixels.
+
+    Returns:
+        tuple: the image, and the factor that boxes must be scaled by.
+    """
+    scale = max(1.0, min_side / min(image.shape[:2]))
+    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC), scale
+
+
+def draw_boxes(
+    image: np.ndarray, boxes: np.ndarray, labels: Sequence[str], classes: Sequence[int]
+) -> np.ndarray:
+    """
+    Draw named boxes with Detectron2's Visualizer, one colour per class.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        boxes: (n, 4), xyxy in pixels of ``image``.
+        labels: n texts.
+        classes: n indices, which choose the colours.
+
+    Returns:
+        ndarray: (H', W', 3) uint8 RGB, enlarged where ``image`` is small.
+    """
+    image, scale = upscale(image)
+    drawn = Visualizer(image).overlay_instances(
+        boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale,
+        labels=list(labels),
+        assigned_colors=[PALETTE[c % len(PALETTE)] for c in classes],
+    )
+    return drawn.get_image()
+
+
+def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
+    """
+    Lay a heatmap over an image, bilinearly enlarged as eq. 5 sees it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        heatmap: (h, w), of any range; its own minimum and maximum span the colours.
+
+    Returns:
+        ndarray: (H, W, 3) uint8 RGB.
+    """
+    heat = cv2.resize(heatmap.astype(np.float32), image.shape[1::-1])
+    low, high = heat.min(), heat.max()
+    # A constant map has no place to show.
+    heat = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
+    colours = plt.get_cmap("jet")(heat)[:, :, :3] * 255
+    return (0.5 * image + 0.5 * colours).astype(np.uint8)
+
+
+def save_grid(
+    path: str | Path, images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 4
+) -> None:
+    """
+    Write images as one picture, row by row.
+
+    Args:
+        path: of the PNG file.
+        images: (H, W, 3) uint8 RGB each.
+        titles: a text above each image.
+        columns: images in a row.
+    """
+    if not images:
+        raise ValueError(f"there is nothing to draw in {path}")
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.25 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles):
+        axis.imshow(image)
+        axis.set_title(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """
+    The rows of Detectron2's metrics.json; a last line cut off by a killed process is left out.
+    """
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def save_curves(path: str | Path, runs: dict[str, list[dict]]) -> None:
+    """
+    Write the losses, and what else tells of the progress, of several stages as one picture.
+
+    Args:
+        path: of the PNG file.
+        runs: for each stage the rows of its metrics.json.
+    """
+    panels = {
+        "losses": lambda key: "loss" in key,
+        "accuracy and agreement (0..1)": lambda key: key
+        in ("nce/accuracy", "fast_rcnn/cls_accuracy")
+        or key.startswith(("self_label/nmi", "self_label/assess_")),
+    }
+    figure, axes = plt.subplots(
+        len(panels), len(runs), figsize=(4.2 * len(runs), 3.2 * len(panels)), squeeze=False
+    )
+    for column, (stage, rows) in enumerate(runs.items()):
+        for axis, (title, wanted) in zip(axes[:, column], panels.items()):
+            for key in sorted({key for row in rows for key in row if wanted(key)}):
+                points = [(row["iteration"], row[key]) for row in rows if key in row]
+                axis.plot(*zip(*points), label=key, linewidth=1)
+            axis.set_title(f"{stage}: {title}", fontsize=9)
+            axis.set_xlabel("iteration", fontsize=8)
+            if axis.lines:
+                axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)

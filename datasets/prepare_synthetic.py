@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Make the synthetic audio-visual benchmark: mp4 clips with sound, COCO ground truth.
+
+    python datasets/prepare_synthetic.py --output datasets/synthetic_av --clips 1600 --test 500
+
+Run again with the same settings, it makes only what is missing.
+"""
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Tuple
+
+import cv2
+from tqdm import tqdm
+
+from avdet2.data.synthetic.generator import Settings
+from avdet2.data.synthetic.objects import CLASS_NAMES
+from avdet2.data.synthetic.scenes import DIFFICULTIES
+from avdet2.data.synthetic.writer import open_output, write_annotations, write_item
+
+
+def parse_arguments() -> argparse.Namespace:
+    """
+    Read the command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default_root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "synthetic_av"
+    parser.add_argument("--output", type=Path, default=default_root, help="folder to write")
+    parser.add_argument("--classes", type=int, default=6, help=f"2 to {len(CLASS_NAMES)}")
+    parser.add_argument("--clips", type=int, default=1600, help="training clips")
+    parser.add_argument("--val", type=int, default=300, help="validation images")
+    parser.add_argument("--test", type=int, default=500, help="test images")
+    parser.add_argument("--size", type=int, default=128, help="side of the frames in pixels")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of the clips")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--difficulty", choices=sorted(DIFFICULTIES), default="easy")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    return parser.parse_args()
+
+
+def _make(job: Tuple[str, int], root: Path, settings: Settings) -> bool:
+    return write_item(root, settings, *job)
+
+
+def main() -> None:
+    """
+    Make all items in parallel, then the annotations.
+    """
+    args = parse_arguments()
+    counts = {"train": args.clips, "val": args.val, "test": args.test}
+    try:
+        settings = Settings(args.classes, args.size, args.seconds, args.seed, args.difficulty)
+        open_output(args.output, settings)
+    except ValueError as error:
+        sys.exit(f"prepare_synthetic.py: {error}")
+    jobs = [(split, index) for split, count in counts.items() for index in range(count)]
+    # Items are small: one thread each, as many processes as asked for.
+    with ProcessPoolExecutor(args.workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+        make = partial(_make, root=args.output, settings=settings)
+        made = sum(tqdm(pool.map(make, jobs, chunksize=4), total=len(jobs), unit="item"))
+    digest = write_annotations(args.output, settings, counts)
+    print(f"{made} items made, {len(jobs) - made} were there: {args.output}")
+    print(f"SHA-256 of frames and waveforms: {digest}")
+
+
+if __name__ == "__main__":
+    main()

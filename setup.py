@@ -1,0 +1,73 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+The metadata of avdet2. Versions that were tested together stand in requirements/.
+"""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "avdet2" / "__init__.py").read_text(encoding="utf-8"), re.M
+).group(1)
+
+# Detectron2 is required and not listed: no package index has a project of that name, so pip could
+# not find it, or would take a stranger's. tools/install_detectron2.py installs it.
+INSTALL_REQUIRES = [
+    "torch>=2.4",
+    "torchvision>=0.19",
+    "torchaudio>=2.4",
+    # 17 brought the choice of threads for converting frames; 19 has no metadata_errors, and its
+    # resamplers keep their threads until they are garbage-collected.
+    "av>=17,<19",
+    "fvcore>=0.1.5,<0.1.6",
+    # Detectron2 does not work with newer ones.
+    "iopath>=0.1.7,<0.1.10",
+    "matplotlib>=3.5",
+    "numpy>=1.24",
+    # opencv-python does as well, but draws in the libraries of a desktop.
+    "opencv-python-headless>=4.6",
+    "Pillow>=9.5",
+    "pycocotools>=2.0.6",
+    "scipy>=1.10",
+    "tqdm>=4.60",
+]
+# K-means as the first labels, and the measures of clusters.
+EVAL = ["scikit-learn>=1.2"]
+TEST = [*EVAL, "librosa>=0.10", "pytest>=7.4"]
+DEV = ["flake8", "isort"]
+
+setup(
+    name="avdet2",
+    version=VERSION,
+    description="Object detectors learned from unlabelled videos, with sound as the teacher",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    author="avdet2 authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["object detection", "self-supervised learning", "audio-visual", "Detectron2"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+    packages=find_packages(include=["avdet2", "avdet2.*"]),
+    package_data={"avdet2.data.datasets": ["*.json"]},
+    python_requires=">=3.10,<3.13",
+    install_requires=INSTALL_REQUIRES,
+    extras_require={
+        "eval": EVAL,
+        "test": TEST,
+        "dev": [*TEST, *DEV],
+        "all": [*TEST, *DEV],
+    },
+)

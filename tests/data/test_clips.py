@@ -1,0 +1,298 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Clip lists and folders to data sets, and the index that keeps what is known of the files.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from media_files import HEIGHT, WIDTH, write_video
+
+from avdet2.data import clip_index
+from avdet2.data.clip_index import FileFacts, list_key, parallel_map
+from avdet2.data.clips import (
+    ClipRow,
+    clips_from_folder,
+    load_av_clips,
+    read_clip_list,
+    register_av_clips,
+    scan_clips,
+)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """
+    Videos of 2.6, 2.4 and 0.7 s, one without sound, one that is not a video, and a text file.
+    """
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "b").mkdir()
+    for name, seconds in (("b/long.mp4", 2.6), ("a.mkv", 2.4), ("c.MOV", 0.7)):
+        # The ending is upper case, which the writer does not know.
+        path = folder / name.lower()
+        write_video(path, seconds)
+        path.rename(folder / name)
+    write_video(folder / "silent.mp4", 1.0, codecs=("libx264", None))
+    (folder / "garbage.webm").write_bytes(b"garbage" * 100)
+    (folder / "notes.txt").write_text("not a video")
+    return folder
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """
+    The names of the files that were opened.
+    """
+    names, probe = [], clip_index.probe
+    monkeypatch.setattr(clip_index, "_in_memory", {})
+
+    def counted(path: str) -> object:
+        names.append(os.path.basename(path))
+        return probe(path)
+
+    monkeypatch.setattr(clip_index, "probe", counted)
+    return names
+
+
+def write_list(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_csv_and_jsonl_agree(tmp_path: Path) -> None:
+    text = '\ufefflabel,start,file,url,duration\ndog,1.5,"a, b.mp4",x,10\n\n,0,c.mp4,y,2\n'
+    table = write_list(tmp_path / "a.csv", text)
+    rows = [
+        {"file": "a, b.mp4", "start": 1.5, "duration": 10, "label": "dog"},
+        {"file": "c.mp4", "start": 0, "duration": 2},
+    ]
+    lines = write_list(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    expected = [ClipRow("a, b.mp4", 1.5, 10.0, "dog"), ClipRow("c.mp4", 0.0, 2.0, None)]
+    assert read_clip_list(table) == read_clip_list(lines) == expected
+    assert read_clip_list(table, "/root")[1].file == "/root/c.mp4"
+
+
+HEADER = "file,start,duration,label\n"
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.csv", "a.mp4,0,10,dog\n", "line 1: expected a header with the columns file,start"),
+        ("a.csv", "", "line 1: expected a header"),
+        ("a.csv", "file,start\na.mp4,0\n", "line 1: expected a header"),
+        ("a.csv", HEADER + "a.mp4,0,10,dog\nb.mp4,0,10\n", "line 3: expected 4 fields"),
+        ("a.csv", HEADER + "a.mp4,zero,10,dog\n", "line 2: expected a file name, a start"),
+        ("a.csv", HEADER + "a.mp4,-1,10,dog\n", "line 2: .* found 'a.mp4', '-1', '10'"),
+        ("a.csv", HEADER + "a.mp4,0,nan,dog\n", "line 2: "),
+        ("a.csv", HEADER + "a.mp4,0,0,dog\n", "line 2: "),
+        ("a.csv", HEADER + ",0,10,dog\n", "line 2: "),
+        ("a.jsonl", '{"file": "a", "start": 0, "duration": 1}\n{"file": "b"}\n', "line 2: "),
+        ("a.jsonl", "a.mp4,0,10\n", "line 1: expected an object with file, start, duration"),
+        ("a.jsonl", "[1]\n", "line 1: expected an object"),
+        ("a.txt", HEADER, "a clip list is a .csv or .jsonl file"),
+    ],
+)
+def test_wrong_lists_name_the_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_clip_list(write_list(tmp_path / name, text))
+
+
+def test_folder_is_cut_into_clips(videos: Path) -> None:
+    rows = clips_from_folder(str(videos), clip_seconds=1.0)
+    # The rest of 0.4 s is dropped, the rest of 0.6 s and the short video are clips.
+    assert [(os.path.relpath(row.file, videos), row.start) for row in rows] == [
+        ("a.mkv", 0.0), ("a.mkv", 1.0), ("b/long.mp4", 0.0), ("b/long.mp4", 1.0),
+        ("b/long.mp4", 2.0), ("c.MOV", 0.0),
+    ]  # fmt: skip
+    lengths = [1.0, 1.0, 1.0, 1.0, 0.6, 0.7]
+    assert [row.duration for row in rows] == pytest.approx(lengths, abs=0.03)
+    assert [row.start for row in clips_from_folder(str(videos), 10.0)] == [0.0, 0.0, 0.0]
+
+
+def test_clips_of_a_list(videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_list(
+        tmp_path / "clips.csv",
+        HEADER + "silent.mp4,0,1,dog\nb/long.mp4,0.5,1,owl\nnone.mp4,0,1,ant\n"
+        "b/long.mp4,1,10,cat\ngarbage.webm,0,1,dog\na.mkv,2.2,1,dog\na.mkv,0,0.3,\n",
+    )
+    with caplog.at_level(logging.INFO):
+        clips = load_av_clips(source, str(videos))
+        assert load_av_clips(source, str(videos)) == clips
+    long = {"file_name": str(videos / "b/long.mp4"), "width": WIDTH, "height": HEIGHT}
+    ids = [{"sample_id": i, "image_id": i} for i in range(3)]
+    # Classes in sorted order: ant, cat, dog, owl. Clips that are left out count as well, so that
+    # a missing file changes no number.
+    assert clips[0] == {**long, **ids[0], "start": 0.5, "duration": 1.0, "label": 3}
+    assert clips[1] == {**long, **ids[1], "start": 1.0, "label": 1} | {
+        "duration": pytest.approx(1.6, abs=0.03)
+    }
+    assert {**ids[2], "duration": 0.3}.items() <= clips[2].items() and "label" not in clips[2]
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "left out 4, kept 3 clips" in warnings[0]
+    for reason in ("no audio stream", "file not found", "cannot be opened", "outside the file's"):
+        assert f"1 x {reason}" in warnings[0]
+    reasons = [reason for _, reason in scan_clips(source, str(videos)).skipped]
+    assert reasons[0] == "no audio stream" and len(reasons) == 4
+
+
+def test_files_are_beside_their_list_by_default(videos: Path, tmp_path: Path) -> None:
+    source = write_list(videos / "beside.csv", "file,start,duration\na.mkv,0,1\n")
+    assert load_av_clips(source)[0]["file_name"] == str(videos / "a.mkv")
+    absolute = f"file,start,duration\n{videos}/a.mkv,0,1\n"
+    source = write_list(tmp_path / "absolute.csv", absolute)
+    assert load_av_clips(source)[0]["file_name"] == str(videos / "a.mkv")
+    for name in ("beside.csv", "beside.csv.index.npz", "beside.csv.index.npz.lock"):
+        (videos / name).unlink()
+
+
+def test_registered_list(videos: Path, tmp_path: Path) -> None:
+    source = tmp_path / "later.csv"
+    # Nothing is read when a data set is registered.
+    register_av_clips("clips_test", str(source), str(videos))
+    assert MetadataCatalog.get("clips_test").evaluator_type == "av_clips"
+    with pytest.raises(ValueError, match="no such clip list or folder"):
+        DatasetCatalog.get("clips_test")
+    write_list(source, HEADER + "a.mkv,0,1,owl\na.mkv,1,1,ant\n")
+    assert [clip["label"] for clip in DatasetCatalog.get("clips_test")] == [1, 0]
+    assert MetadataCatalog.get("clips_test").label_classes == ["ant", "owl"]
+    register_av_clips("clips_named", str(source), str(videos), classes=["owl", "bee", "ant"])
+    assert MetadataCatalog.get("clips_named").label_classes == ["owl", "bee", "ant"]
+    assert [clip["label"] for clip in DatasetCatalog.get("clips_named")] == [0, 2]
+    register_av_clips("clips_wrong", str(source), str(videos), classes=["bee"])
+    with pytest.raises(ValueError, match="label 'owl' is not among the classes"):
+        DatasetCatalog.get("clips_wrong")
+
+
+def test_nothing_usable(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no usable clip .* There is none in it"):
+        load_av_clips(str(tmp_path))
+    source = write_list(tmp_path / "a.csv", "file,start,duration\nsilent.mp4,0,1\nx.mp4,0,1\n")
+    with pytest.raises(ValueError, match="no usable clip .*1 x no audio stream.*file not found"):
+        load_av_clips(source, str(videos))
+    with pytest.raises(ValueError, match="clip_seconds must be above 0"):
+        load_av_clips(str(videos), clip_seconds=0.0)
+
+
+def test_index_of_a_list(videos: Path, tmp_path: Path, probed: list[str]) -> None:
+    text = "file,start,duration\na.mkv,0,1\nb/long.mp4,0,1\na.mkv,1,1\nnew.mp4,0,1\n"
+    source = write_list(tmp_path / "a.csv", text)
+    clips = load_av_clips(source, str(videos))
+    assert sorted(probed) == ["a.mkv", "long.mp4", "new.mp4"] and len(clips) == 3
+    assert (tmp_path / "a.csv.index.npz").is_file()
+    probed.clear()
+    assert load_av_clips(source, str(videos)) == clips and probed == []
+    # A file that was missing is looked for again.
+    (videos / "new.mp4").write_bytes((videos / "b/long.mp4").read_bytes())
+    assert len(load_av_clips(source, str(videos))) == 4 and probed == ["new.mp4"]
+    # Another list: what has not changed is not opened again.
+    probed.clear()
+    os.utime(videos / "a.mkv", (1, 1))
+    write_list(tmp_path / "a.csv", text + "c.MOV,0,0.5\n")
+    assert len(load_av_clips(source, str(videos))) == 5
+    assert sorted(probed) == ["a.mkv", "c.MOV"]
+    (videos / "new.mp4").unlink()
+
+
+def test_index_of_a_folder(videos: Path, tmp_path: Path, probed: list[str]) -> None:
+    index = str(tmp_path / "sub" / "folder.npz")
+    clips = load_av_clips(str(videos), clip_seconds=1.0, index=index)
+    assert len(clips) == 6 and len(probed) == 5
+    probed.clear()
+    # The index knows files, not clips.
+    assert len(load_av_clips(str(videos), clip_seconds=10.0, index=index)) == 3
+    (videos / "d.mp4").write_bytes((videos / "b/long.mp4").read_bytes())
+    assert len(load_av_clips(str(videos), index=index)) == 4 and probed == ["d.mp4"]
+    (videos / "d.mp4").unlink()
+    assert load_av_clips(str(videos), clip_seconds=1.0, index=index) == clips
+    # Without a file it is kept in memory.
+    probed.clear()
+    first = load_av_clips(str(videos))
+    assert load_av_clips(str(videos)) == first
+    assert len(probed) == 5
+
+
+def test_damaged_and_unwritable_index(
+    videos: Path,
+    tmp_path: Path,
+    probed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = write_list(tmp_path / "a.csv", "file,start,duration\na.mkv,0,1\n")
+    index = tmp_path / "a.csv.index.npz"
+    index.write_bytes(b"PK not an index")
+    clips = load_av_clips(source, str(videos))
+    assert "not an index of clips, or damaged" in caplog.text
+    probed.clear()
+    assert load_av_clips(source, str(videos)) == clips and probed == []
+    index.unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for _ in range(2):
+        assert load_av_clips(source, str(videos)) == clips
+    assert probed == ["a.mkv"] and not index.exists()
+
+
+def test_an_interrupted_index_is_gone_on_with(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "file,start,duration\na.mkv,0,1\nb/long.mp4,0,1\nc.MOV,0,0.5\n"
+    source = write_list(tmp_path / "a.csv", text)
+    monkeypatch.setattr(clip_index, "SAVE_EVERY", 1)
+    probe, names = clip_index.probe, []
+
+    def interrupted(path: str) -> object:
+        names.append(os.path.basename(path))
+        if len(names) == 3:
+            raise KeyboardInterrupt
+        return probe(path)
+
+    monkeypatch.setattr(clip_index, "probe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_av_clips(source, str(videos))
+    assert len(load_av_clips(source, str(videos))) == 3
+    assert names == ["a.mkv", "long.mp4", "c.MOV", "c.MOV"]
+
+
+def test_a_long_list_starts_without_a_look_at_the_files(tmp_path: Path, probed: list[str]) -> None:
+    count = 20000
+    lines = (f"video_{i:06d}.mp4,{i % 7},10,class {i % 300}\n" for i in range(count))
+    source = write_list(tmp_path / "long.csv", HEADER + "".join(lines))
+    facts = {
+        f"/nowhere/video_{i:06d}.mp4": FileFacts(1, 1, 10.0, 340, 256, "damaged" * (i % 50 == 0))
+        for i in range(count)
+    }
+    clip_index._write(f"{source}.index.npz", list_key(source, "/nowhere"), facts)
+    found = scan_clips(source, "/nowhere")
+    assert probed == []
+    assert len(found.clips) == count * 49 // 50 and len(found.classes) == 300
+    assert [clip["sample_id"] for clip in found.clips] == list(range(len(found.clips)))
+    assert found.clips[0]["start"] == 1.0 and found.clips[0]["duration"] == 9.0
+
+
+def test_parallel_map() -> None:
+    assert list(parallel_map(abs, range(-50, 0), 2)) == list(range(50, 0, -1))
+    with pytest.raises(TypeError):
+        list(parallel_map(abs, [1, 2, "three"], 2))
+
+
+def test_many_files_are_probed_in_processes(videos: Path, tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02d}.mkv").symlink_to(videos / "a.mkv")
+    clips = load_av_clips(str(tmp_path))
+    assert [os.path.basename(clip["file_name"]) for clip in clips] == [
+        f"{i:02d}.mkv" for i in range(20)
+    ]
+
+
+def test_real_clips(shared_dir: Path) -> None:
+    clips = load_av_clips(str(shared_dir / "data" / "clips"))
+    assert len(clips) == 5 and all(clip["start"] == 0.0 for clip in clips)
+    assert sorted(round(clip["duration"]) for clip in clips) == [6, 10, 10, 10, 10]
+    assert {(clip["width"], clip["height"]) for clip in clips} == {
+        (1280, 720), (480, 360), (298, 224), (398, 224),
+    }  # fmt: skip

@@ -1,0 +1,203 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.utils.events import EventStorage
+
+from avdet2.config import add_avdet2_config
+from avdet2.engine import hooks
+from avdet2.engine.hooks import SelfLabelHook, label_schedule
+
+CLIPS, CLUSTERS = 24, 3
+UNREADABLE = 5
+
+
+def test_label_schedule_by_hand():
+    assert label_schedule(100, 5, 1.0) == [0, 25, 50, 75]
+    assert label_schedule(100, 5, 2.0) == [0, 6, 25, 56]
+    # 1000 * (0, .0370, .1925, .5443, 1) ** 1: thirds and two thirds to the power 1.5.
+    assert label_schedule(1000, 4, 1.5) == [0, 192, 544]
+    assert label_schedule(100, 1, 1.5) == label_schedule(100, 2, 1.5) == [0]
+    # More optimizations than iterations: one before each at most.
+    assert label_schedule(4, 100, 1.0) == [0, 1, 2, 3]
+
+
+def test_label_schedule_of_the_default_is_denser_at_the_start():
+    schedule = label_schedule(30_000, 100, 1.5)
+    assert len(schedule) == 99 and schedule[0] == 0
+    steps = np.diff(schedule)
+    # The derivative of 30,000 x ** 1.5 at the middle of the first and the last step, over 99.
+    assert steps[0] == pytest.approx(30_000 / 99**1.5, abs=1)
+    assert steps[-1] == pytest.approx(30_000 * 1.5 * (97.5 / 99) ** 0.5 / 99, abs=1)
+    assert (np.diff(steps) >= -1).all()
+
+
+def test_label_schedule_without_any_is_refused():
+    with pytest.raises(ValueError, match="NUM_OPTIMIZATIONS"):
+        label_schedule(100, 0, 1.5)
+
+
+class FakeLocalizer(nn.Module):
+    """
+    Holds the labels; its scores come from the test.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = torch.empty(0, dtype=torch.long)
+        self.device = torch.device("cpu")
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """
+    Clips of three kinds of equal number, which the model tells apart by audio and by scores.
+    """
+    truth = torch.arange(CLIPS) % CLUSTERS
+    clips = [
+        {"file_name": f"{i}.mp4", "sample_id": i, "label": int(truth[i])} for i in range(CLIPS)
+    ]
+    DatasetCatalog.register("hook_clips", lambda: clips)
+    generator = torch.Generator().manual_seed(0)
+    world = SimpleNamespace(
+        truth=truth,
+        logits=4 * nn.functional.one_hot((truth + 1) % CLUSTERS).float(),
+        audio=torch.eye(8)[truth] + 0.01 * torch.randn(CLIPS, 8, generator=generator),
+        calls=0,
+    )
+
+    def predict(model, clips, mapper, batch_size, num_workers):
+        world.calls += 1
+        ids = [i for i in range(len(clips)) if i != UNREADABLE]
+        for i in range(0, len(ids), batch_size):
+            batch = ids[i : i + batch_size]
+            half = world.logits / 2
+            yield (
+                [clips[j] for j in batch],
+                [
+                    {"logits_v": half[j], "logits_a": half[j], "embed_a": world.audio[j]}
+                    for j in batch
+                ],
+            )
+
+    monkeypatch.setattr(hooks, "predict_clips", predict)
+    yield world
+    DatasetCatalog.remove("hook_clips")
+
+
+def _hook(max_iter: int = 100, **self_label_keys) -> SelfLabelHook:
+    cfg = get_cfg()
+    add_avdet2_config(cfg)
+    cfg.DATASETS.TRAIN = ("hook_clips",)
+    cfg.MODEL.LOCALIZER.NUM_CLUSTERS = CLUSTERS
+    node = cfg.MODEL.LOCALIZER.SELF_LABEL
+    node.BATCH_SIZE, node.NUM_OPTIMIZATIONS, node.POWER = 7, 5, 1.0
+    for key, value in self_label_keys.items():
+        setattr(node, key, value)
+    hook = SelfLabelHook(cfg, FakeLocalizer())
+    hook.trainer = SimpleNamespace(iter=0, max_iter=max_iter, storage=EventStorage())
+    return hook
+
+
+def test_labels_before_the_first_iteration(world):
+    hook = _hook()
+    hook.before_train()
+    labels = hook._model.labels
+    assert labels.dtype == torch.int64 and labels.shape == (CLIPS,)
+    expected = (world.truth + 1) % CLUSTERS
+    expected[UNREADABLE] = -1
+    assert torch.equal(labels, expected)
+    scalars = {key: value for key, (value, _) in hook.trainer.storage.latest().items()}
+    assert scalars["self_label/used"] == CLUSTERS
+    # 8, 8 and 7 clips.
+    assert scalars["self_label/min_over_target"] == pytest.approx(7 * 3 / 23)
+    assert scalars["self_label/max_over_target"] == pytest.approx(8 * 3 / 23)
+
+
+def test_clusters_have_equal_sizes_where_argmax_would_collapse(world):
+    # Cluster 0 is every clip's first choice, by far; the second choices differ.
+    world.logits = world.logits + torch.tensor([10.0, 0.0, 0.0])
+    assert (world.logits.argmax(dim=1) == 0).all()
+    hook = _hook()
+    hook.before_train()
+    counts = torch.bincount(hook._model.labels[hook._model.labels >= 0], minlength=CLUSTERS)
+    assert sorted(counts.tolist()) == [7, 8, 8]
+
+
+def test_updates_follow_the_schedule(world):
+    hook = _hook(max_iter=100)
+    hook.before_train()
+    updated = []
+    for iteration in range(100):
+        hook.trainer.iter = iteration
+        calls = world.calls
+        hook.after_step()
+        if world.calls > calls:
+            updated.append(iteration)
+    # Before the iterations 25, 50 and 75.
+    assert updated == [24, 49, 74]
+
+
+def test_kmeans_gives_the_first_labels_only(world):
+    world.logits = torch.zeros(CLIPS, CLUSTERS)
+    hook = _hook(INIT="kmeans")
+    hook.before_train()
+    labels = hook._model.labels
+    read = labels >= 0
+    assert (~read).nonzero().flatten().tolist() == [UNREADABLE]
+    # One cluster per kind, in any order.
+    pairs = set(zip(world.truth[read].tolist(), labels[read].tolist()))
+    assert len(pairs) == CLUSTERS and len({label for _, label in pairs}) == CLUSTERS
+    world.logits = 4 * nn.functional.one_hot(world.truth).float()
+    hook.update()
+    assert torch.equal(hook._model.labels[read], world.truth[read])
+
+
+def test_a_checkpoint_restores_labels_and_sizes(world):
+    hook = _hook(MARGINALS="gaussian", SIGMA=0.3)
+    hook.before_train()
+    file = io.BytesIO()
+    torch.save(hook.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = _hook(MARGINALS="gaussian", SIGMA=0.3)
+    # The sizes are drawn from the seed; a checkpoint's would win.
+    assert torch.equal(resumed._weights, hook._weights)
+    resumed._weights = None
+    resumed.load_state_dict(state)
+    calls = world.calls
+    resumed.before_train()
+    assert world.calls == calls
+    assert torch.equal(resumed._model.labels, hook._model.labels)
+    assert torch.equal(resumed._weights, hook._weights)
+
+
+def test_a_checkpoint_of_other_clips_is_refused(world):
+    with pytest.raises(ValueError, match="labels of 7 clips.*has 24"):
+        _hook().load_state_dict({"labels": torch.zeros(7, dtype=torch.long), "weights": None})
+
+
+def test_given_cluster_sizes(world, tmp_path):
+    path = tmp_path / "sizes.txt"
+    path.write_text("1\n2\n1\n")
+    hook = _hook(MARGINALS=str(path))
+    assert hook._weights.tolist() == [0.25, 0.5, 0.25]
+    world.logits = torch.randn(CLIPS, CLUSTERS, generator=torch.Generator().manual_seed(1)) * 3
+    hook.before_train()
+    counts = torch.bincount(hook._model.labels[hook._model.labels >= 0], minlength=CLUSTERS)
+    np.testing.assert_allclose(counts, [5.75, 11.5, 5.75], atol=2)
+    path.write_text("1 2 1 1")
+    with pytest.raises(ValueError, match="4 numbers.*3"):
+        _hook(MARGINALS=str(path))
+
+
+def test_an_unknown_start_is_refused(world):
+    with pytest.raises(ValueError, match="random"):
+        _hook(INIT="random")

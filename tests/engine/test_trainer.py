@@ -1,0 +1,161 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Tests of the trainer on a tiny synthetic benchmark: labels, optimizer and resuming.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+
+from avdet2.data.datasets.synthetic import register_synthetic
+from avdet2.engine import AVTrainer, load_cfg
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules"
+
+
+@pytest.fixture(scope="module")
+def tiny_av(tiny_datasets):
+    if "tiny_av_train" not in DatasetCatalog.list():
+        register_synthetic(str(tiny_datasets / "synthetic_av"), prefix="tiny_av")
+    return "tiny_av"
+
+
+def make_cfg(tiny_av, output_dir, *opts):
+    cfg = load_cfg(
+        str(CONFIGS / "synthetic_joint.yaml"),
+        [
+            *("MODEL.WEIGHTS", "", "OUTPUT_DIR", str(output_dir), "DATALOADER.NUM_WORKERS", "0"),
+            *("DATASETS.TRAIN", f"('{tiny_av}_train',)", "DATASETS.TEST", "()"),
+            *("MODEL.LOCALIZER.NUM_CLUSTERS", "2", "SOLVER.IMS_PER_BATCH", "6"),
+            *("MODEL.LOCALIZER.SELF_LABEL.NUM_OPTIMIZATIONS", "3", "SOLVER.CHECKPOINT_PERIOD", "2"),
+            *("SOLVER.MAX_EPOCH", "0.0", "SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1"),
+            *opts,
+        ],
+    )
+    cfg.freeze()
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_av, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    trainer = AVTrainer(make_cfg(tiny_av, folder))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return folder, trainer
+
+
+def interrupted(run: Path, folder: Path) -> dict:
+    """
+    A run's folder as it was after the checkpoint of its second iteration.
+    """
+    name = "model_0000001.pth"
+    shutil.copy(run / name, folder / name)
+    (folder / "last_checkpoint").write_text(name)
+    return torch.load(folder / name, weights_only=True)
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a.cpu(), b.cpu())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def test_training_labels_every_clip_evenly(finished_run):
+    _, trainer = finished_run
+    labels = trainer._trainer.model.labels
+    assert len(labels) == 24
+    counts = torch.bincount(labels, minlength=2)
+    assert counts.sum() == 24
+    assert counts.min() >= 6
+
+
+def test_metrics_tell_of_the_labels(finished_run):
+    folder, _ = finished_run
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    keys = set().union(*rows)
+    wanted = {"loss_nce", "loss_cluster", "nce/rho", "nce/accuracy", "self_label/eq6_agreement"}
+    assert wanted <= keys
+    assert any(key.startswith("self_label/nmi") for key in keys)
+
+
+def test_resume_restores_optimizer_labels_and_iteration(finished_run, tiny_av, tmp_path):
+    saved = interrupted(finished_run[0], tmp_path)
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    optimizer = trainer._trainer.optimizer.state_dict()
+    assert optimizer["state"], "Adam has moments after two steps"
+    assert equal(optimizer, saved["trainer"]["_trainer"]["optimizer"])
+    labels = trainer._trainer.model.labels
+    assert torch.equal(labels, saved["trainer"]["hooks"]["SelfLabelHook"]["labels"])
+    assert equal(trainer.scheduler.state_dict(), saved["trainer"]["hooks"]["LRScheduler"])
+    trainer.train()
+    assert (tmp_path / "model_final.pth").is_file()
+
+
+def test_resume_does_not_estimate_the_first_labels_again(finished_run, tiny_av, tmp_path):
+    saved = interrupted(finished_run[0], tmp_path)
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path))
+    trainer.resume_or_load(resume=True)
+    hook = next(h for h in trainer._hooks if type(h).__name__ == "SelfLabelHook")
+    # Labels that no estimate would give show whether they are kept.
+    marked = torch.ones_like(saved["trainer"]["hooks"]["SelfLabelHook"]["labels"])
+    trainer._trainer.model.labels = marked
+    trainer.max_iter = 4
+    hook.before_train()
+    assert torch.equal(trainer._trainer.model.labels, marked)
+
+
+def test_a_checkpoint_of_stock_0_6_loads_without_optimizer(finished_run, tiny_av, tmp_path):
+    saved = interrupted(finished_run[0], tmp_path)
+    del saved["trainer"]["_trainer"]
+    torch.save(saved, tmp_path / "model_0000001.pth")
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    assert not trainer._trainer.optimizer.state_dict()["state"]
+
+
+def test_resume_with_other_clips_is_refused(finished_run, tiny_av, tmp_path):
+    saved = interrupted(finished_run[0], tmp_path)
+    hook = saved["trainer"]["hooks"]["SelfLabelHook"]
+    hook["labels"] = hook["labels"][:-1]
+    torch.save(saved, tmp_path / "model_0000001.pth")
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path))
+    with pytest.raises(ValueError, match="same clips"):
+        trainer.resume_or_load(resume=True)
+
+
+def test_checkpoints_hold_nothing_but_tensors_and_plain_values(finished_run):
+    folder, _ = finished_run
+    checkpoint = torch.load(folder / "model_final.pth", weights_only=True)
+    assert {"model", "trainer", "iteration"} <= checkpoint.keys()
+
+
+def test_localizer_without_clusters_has_no_label_hook(tiny_av, tmp_path):
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, "MODEL.LOCALIZER.LAMBDA", "1.0"))
+    assert not any(type(h).__name__ == "SelfLabelHook" for h in trainer._hooks)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("SOLVER.OPTIMIZER", "LBFGS"), ("INPUT.MAPPER", "NoSuchMapper")]
+)
+def test_unknown_choices_are_named(tiny_av, tmp_path, key, value):
+    with pytest.raises(ValueError, match=f"{key} must be .*{value}"):
+        AVTrainer(make_cfg(tiny_av, tmp_path, key, value))
+
+
+def test_kmeans_is_an_option_for_the_first_labels(tiny_av, tmp_path):
+    opts = ("MODEL.LOCALIZER.SELF_LABEL.INIT", "kmeans", "SOLVER.MAX_ITER", "1")
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, *opts))
+    trainer.train()
+    assert set(trainer._trainer.model.labels.tolist()) == {0, 1}

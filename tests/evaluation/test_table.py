@@ -1,0 +1,29 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+import math
+
+from avdet2.evaluation.table import results_table
+
+
+def test_rows_in_order_with_one_decimal_and_dashes_for_what_is_absent():
+    rows = {
+        "center box": {"bbox_agnostic": {"AP30": 29.649, "AP50": 5.55, "AP": 1.5, "AP75": 9.0}},
+        "ours": {
+            "bbox": {"AP30": 52.3, "AP50": 39.44, "AP": math.nan, "AP-cello": 1.0},
+            "bbox_agnostic": {"AP30": 100.0, "AP50": 0.0},
+            "clusters": {"NMI": 0.8761, "hungarian_accuracy": 0.9, "purity": 0.1},
+        },
+    }
+    assert results_table(rows).splitlines() == [
+        "| method | AP30 | AP50 | AP | AP30* | AP50* | AP* | NMI | accuracy |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| center box | - | - | - | 29.6 | 5.5 | 1.5 | - | - |",
+        "| ours | 52.3 | 39.4 | - | 100.0 | 0.0 | - | 87.6 | 90.0 |",
+    ]
+
+
+def test_a_bar_in_a_name_does_not_end_the_cell():
+    assert results_table({"a|b": {}}).splitlines()[-1] == "| a\\|b |" + " - |" * 8
+
+
+def test_no_rows_is_a_heading():
+    assert len(results_table({}).splitlines()) == 2

@@ -1,0 +1,287 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+from pathlib import Path
+
+import pytest
+import torch
+
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from avdet2.config import add_avdet2_config
+from avdet2.engine import AVTrainer, load_cfg
+from avdet2.modeling.losses import NCELoss, Temperature, clustering_loss
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NUM_CLUSTERS = 5
+
+
+def _cfg(**localizer_keys):
+    """
+    A localizer that is small in everything, stride 8.
+    """
+    cfg = get_cfg()
+    add_avdet2_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "AVLocalizer"
+    cfg.MODEL.BACKBONE.NAME = "build_avol_backbone"
+    cfg.MODEL.AVOL.CHANNELS = (8, 8, 12, 16)
+    cfg.MODEL.AVOL.POOLS = (2, 2, 1)
+    node = cfg.MODEL.LOCALIZER
+    node.AUDIO_ENCODER.CHANNELS = (4, 8, 12, 20)
+    node.HIDDEN_DIM, node.EMBED_DIM, node.NUM_CLUSTERS = 24, 10, NUM_CLUSTERS
+    node.SPECTROGRAM.N_MELS, node.SPECTROGRAM.HOP_LENGTH = 64, 240
+    for key, value in localizer_keys.items():
+        setattr(node, key, value)
+    return cfg
+
+
+def _model(**localizer_keys):
+    torch.manual_seed(0)
+    return build_model(_cfg(**localizer_keys))
+
+
+def _batch(sizes=4 * ((64, 64),)) -> list[dict]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {
+            "image": torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8),
+            "waveform": torch.randint(
+                -9000, 9000, (24000,), generator=generator, dtype=torch.int16
+            ),
+            "sample_id": i,
+        }
+        for i, size in enumerate(sizes)
+    ]
+
+
+def _train_step(model, batch) -> dict[str, torch.Tensor]:
+    with EventStorage():
+        losses = model.train()(batch)
+        sum(losses.values()).backward()
+    return losses
+
+
+def test_number_of_parameters_of_the_paper_s_localizer():
+    cfg = get_cfg()
+    add_avdet2_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "AVLocalizer"
+    cfg.MODEL.BACKBONE.NAME = "build_avol_backbone"
+    model = build_model(cfg)
+    # One more for the temperature.
+    assert sum(p.numel() for p in model.parameters()) == 10_597_454 + 1
+
+
+@pytest.mark.parametrize(("nce_weight", "keys"), [(1.0, {"loss_nce"}), (0.5, None)])
+def test_every_parameter_gets_a_gradient(nce_weight, keys):
+    model = _model(LAMBDA=nce_weight)
+    model.labels = torch.tensor([3, 0, 4, 0])
+    losses = _train_step(model, _batch())
+    assert set(losses) == (keys or {"loss_nce", "loss_cluster"})
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+    assert any(name.startswith("cls_") for name, _ in model.named_parameters()) is (not keys)
+
+
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_losses_are_eq_4_of_the_features(pool):
+    model = _model(LAMBDA=0.25, POOL=pool, RHO_INIT=0.2).train()
+    # Sample ids need not be in order, and label 2 is that of clip 0.
+    model.labels = torch.tensor([2, 0, 4, 1, 3, 3])
+    batch = _batch()
+    for inputs, sample_id in zip(batch, (5, 0, 3, 1)):
+        inputs["sample_id"] = sample_id
+    with EventStorage() as storage:
+        losses = model(batch)
+    features = model.extract(*model.preprocess(batch))
+    for embedding in (features.visual, features.audio):
+        norm = embedding.norm(dim=1)
+        torch.testing.assert_close(norm, torch.ones_like(norm))
+    assert features.visual.shape == (4, 10, 8, 8)
+    nce, accuracy = NCELoss(Temperature("log", 0.2), pool)(features.visual, features.audio)
+    torch.testing.assert_close(losses["loss_nce"], 0.25 * nce)
+    clustering = clustering_loss(features.logits_v, features.logits_a, torch.tensor([3, 2, 1, 0]))
+    torch.testing.assert_close(losses["loss_cluster"], 0.75 * clustering)
+    scalars = {key: value for key, (value, _) in storage.latest().items()}
+    assert scalars["nce/rho"] == pytest.approx(0.2, rel=1e-6)
+    assert scalars["nce/accuracy"] == accuracy
+
+
+def test_images_are_normalised_and_sound_goes_to_the_audio_side_only():
+    cfg = _cfg()
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [10.0, 20.0, 30.0], [2.0, 4.0, 5.0]
+    model, batch = build_model(cfg).eval(), _batch()
+    images, spectrograms = model.preprocess(batch)
+    pixels = batch[1]["image"][:, 5, 7].tolist()
+    expected = [(pixels[0] - 10) / 2, (pixels[1] - 20) / 4, (pixels[2] - 30) / 5]
+    assert images[1, :, 5, 7].tolist() == pytest.approx(expected)
+    assert spectrograms.shape == (4, 1, 64, 100)
+    features = model.extract(images, spectrograms)
+    silent = model.extract(images, torch.zeros_like(spectrograms))
+    black = model.extract(torch.zeros_like(images), spectrograms)
+    for side, same, other in (("visual", silent, black), ("audio", black, silent)):
+        torch.testing.assert_close(getattr(same, side), getattr(features, side))
+        assert not torch.allclose(getattr(other, side), getattr(features, side))
+    torch.testing.assert_close(silent.logits_v, features.logits_v)
+    torch.testing.assert_close(black.logits_a, features.logits_a)
+
+
+@torch.no_grad()
+def test_inference():
+    model, batch = _model().eval(), _batch(3 * ((64, 96),))
+    for inputs in batch:
+        inputs.update(height=128, width=192)
+    maps, features = model.localize(batch)
+    outputs = model(batch)
+    assert len(outputs) == 3
+    for i, output in enumerate(outputs):
+        logits_v, logits_a = output["logits_v"], output["logits_a"]
+        assert logits_v.shape == logits_a.shape == (NUM_CLUSTERS,)
+        torch.testing.assert_close(output["heatmap"], maps[i])
+        assert output["heatmap"].shape == (8, 12)
+        cosines = [
+            features.visual[i, :, row, column] @ features.audio[i]
+            for row in range(8)
+            for column in range(12)
+        ]
+        torch.testing.assert_close(output["heatmap"].flatten(), torch.stack(cosines))
+        torch.testing.assert_close(output["embed_a"], features.audio[i])
+        instances = output["instances"]
+        assert instances.image_size == (128, 192)
+        assert set(instances.get_fields()) == {"pred_boxes", "scores", "pred_classes"}
+        assert len(instances) == 1
+        x1, y1, x2, y2 = instances.pred_boxes.tensor[0].tolist()
+        assert 0 <= x1 < x2 <= 192 and 0 <= y1 < y2 <= 128
+        assert 0 <= instances.scores.item() <= 1
+        assert instances.pred_classes.tolist() == [int((logits_v + logits_a).argmax())]
+
+
+@torch.no_grad()
+def test_the_cluster_is_that_of_both_modalities_together():
+    model = _model().eval()
+    # Alone, the frame would choose cluster 0 and the sound cluster 2.
+    for head, bias in ((model.cls_v, [3, 2, 0, 0, 0]), (model.cls_a, [0, 2, 3, 0, 0])):
+        head[-1].weight.zero_()
+        head[-1].bias.copy_(torch.tensor(bias))
+    (output,) = model(_batch()[:1])
+    assert output["logits_v"].tolist() == [3, 2, 0, 0, 0]
+    assert output["logits_a"].tolist() == [0, 2, 3, 0, 0]
+    assert output["instances"].pred_classes.tolist() == [1]
+
+
+@torch.no_grad()
+def test_the_box_covers_the_peak_of_the_heatmap():
+    model, batch = _model().eval(), _batch(2 * ((64, 64),))
+    model.localize = lambda inputs: (_peaks(), model.extract(*model.preprocess(inputs)))
+    first, second = (output["instances"] for output in model(batch))
+    # Cells of 8 pixels: rows 1 and 2 of column 6, rows 5 and 6 of columns 0 and 1; half of a cell
+    # more or less by the interpolation between them.
+    for instances, expected in ((first, [48, 8, 56, 24]), (second, [0, 40, 16, 56])):
+        box = instances.pred_boxes.tensor[0]
+        torch.testing.assert_close(box, torch.tensor(expected).float(), rtol=0, atol=4)
+
+
+def _peaks() -> torch.Tensor:
+    maps = torch.zeros(2, 8, 8)
+    maps[0, 1:3, 6] = 0.9
+    maps[1, 5:7, :2] = 0.9
+    return maps
+
+
+@torch.no_grad()
+def test_images_of_different_sizes_in_one_call():
+    model, batch = _model().eval(), _batch(((64, 96), (64, 64), (72, 64)))
+    outputs = model(batch)
+    assert [tuple(x["heatmap"].shape) for x in outputs] == [(8, 12), (8, 8), (9, 8)]
+    for inputs, output in zip(batch, outputs):
+        (alone,) = model([inputs])
+        torch.testing.assert_close(output["heatmap"], alone["heatmap"])
+        # Without "height" and "width" boxes are in pixels of the input.
+        assert output["instances"].image_size == tuple(inputs["image"].shape[1:])
+
+
+@torch.no_grad()
+def test_without_clusters_there_are_boxes_of_class_0():
+    (output,) = _model(LAMBDA=1.0).eval()(_batch()[:1])
+    assert output["logits_v"] is None and output["logits_a"] is None
+    assert output["instances"].pred_classes.tolist() == [0]
+
+
+def test_no_self_labels_yet():
+    with pytest.raises(ValueError, match="no self-labels"):
+        _train_step(_model(), _batch())
+
+
+def test_clips_without_a_label_are_left_out():
+    model, batch = _model().train(), _batch()
+    model.labels = torch.tensor([1, -1, 2, -1])
+    with EventStorage():
+        actual = model(batch)["loss_cluster"]
+    features = model.extract(*model.preprocess(batch))
+    kept = [0, 2]
+    expected = clustering_loss(
+        features.logits_v[kept], features.logits_a[kept], torch.tensor([1, 2])
+    )
+    torch.testing.assert_close(actual, 0.5 * expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("LAMBDA", 1.5, "LAMBDA"),
+        ("VISUAL_FEATURE", "res4", "conv4"),
+        ("POOL", "mean", "POOL"),
+        ("RHO_PARAM", "exp", "RHO_PARAM"),
+    ],
+)
+def test_wrong_settings_are_refused(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        _model(**{key: value})
+
+
+def test_resnet18_as_visual_encoder_trains():
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.NORM", "BN", "MODEL.LOCALIZER.NORM", "BN"]
+    cfg = load_cfg(str(CONFIGS / "AV-Localization" / "joint_K39_R18.yaml"), opts)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    optimizer = AVTrainer.build_optimizer(cfg, model)
+    model.labels = torch.tensor([38, 0, 7, 7])
+    batch = _batch()
+    before = [p.detach().clone() for p in model.parameters()]
+    first = sum(_train_step(model, batch).values()).item()
+    assert all(p.grad is not None for p in model.parameters())
+    optimizer.step()
+    assert all((p != old).any() for p, old in zip(model.parameters(), before))
+    with EventStorage(), torch.no_grad():
+        assert sum(model(batch).values()).item() < first
+    # res4 has stride 16, as AVOL-Net.
+    assert model.eval()(batch[:1])[0]["heatmap"].shape == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_the_temperature_has_no_weight_decay(name):
+    cfg = _cfg()
+    cfg.SOLVER.OPTIMIZER = name
+    cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_NORM = 0.03, 0.01
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM = 0.002, 0.85
+    model = build_model(cfg)
+    optimizer = AVTrainer.build_optimizer(cfg, model)
+    assert type(optimizer).__name__ == name
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for parameter_name, parameter in model.named_parameters():
+        expected = 0.01 if ".norm." in parameter_name else 0.03
+        if parameter_name.endswith("rho_scale"):
+            expected = 0.0
+        assert decay[id(parameter)] == expected, parameter_name
+    assert {group["lr"] for group in optimizer.param_groups} == {0.002}
+    if name == "SGD":
+        assert {group["momentum"] for group in optimizer.param_groups} == {0.85}
+
+
+def test_an_unknown_optimizer_is_refused():
+    cfg = _cfg()
+    cfg.SOLVER.OPTIMIZER = "LARS"
+    with pytest.raises(ValueError, match="LARS"):
+        AVTrainer.build_optimizer(cfg, build_model(cfg))

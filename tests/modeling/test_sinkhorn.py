@@ -1,0 +1,347 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from scipy.special import logsumexp, softmax
+
+from avdet2.modeling.sinkhorn import (
+    _Dual,
+    align_heads,
+    gaussian_weights,
+    match_marginals,
+    sinkhorn_labels,
+)
+
+# Solved in long double; `plan_rounded` to 12 decimals.
+VECTORS = [
+    json.loads(path.read_text())
+    for path in sorted((Path(__file__).parents[1] / "vectors" / "sinkhorn").glob("*.json"))
+]
+BY_NAME = {vector["name"]: vector for vector in VECTORS}
+each_vector = pytest.mark.parametrize("vector", VECTORS, ids=list(BY_NAME))
+
+# Rows of each of three processes.
+SHARES = (700, 0, 301)
+
+
+def _scores(vector: dict, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    logits = [torch.tensor(vector[f"logits_{name}"], dtype=dtype) for name in ("video", "audio")]
+    return logits[0] + logits[1]
+
+
+def _random(rows: int = 200, clusters: int = 6, seed: int = 0) -> torch.Tensor:
+    """
+    Scores with clusters of unequal sizes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(rows, clusters, generator=generator, dtype=torch.float64)
+    return scores + torch.linspace(-1, 1, clusters, dtype=torch.float64)
+
+
+def _planted(rows: int = 5000, clusters: int = 20) -> torch.Tensor:
+    """
+    Scores as of trained heads: clusters of unequal sizes, far apart but not separable.
+    """
+    rng = np.random.default_rng(0)
+    share = rng.lognormal(0, 0.5, clusters)
+    cluster = rng.choice(clusters, rows, p=share / share.sum())
+    centres = rng.normal(size=(clusters, 64)) / 8
+    features = centres[cluster] + rng.normal(size=(2, rows, 64)) / 2
+    noise = rng.normal(size=(2, rows, clusters)) / 2
+    return torch.from_numpy((8 * features @ centres.T + noise).sum(axis=0))
+
+
+def _dual_by_scipy(scores: torch.Tensor, bias: np.ndarray, marginals: np.ndarray) -> float:
+    """
+    D of the definition, at sk_lambda 20.
+    """
+    return marginals @ bias - logsumexp(10 * scores.numpy() + bias, axis=1).mean()
+
+
+def _sinkhorn_by_scipy(scores: np.ndarray, marginals: np.ndarray) -> tuple[np.ndarray, int]:
+    """
+    Plain alternating scaling in the log domain at sk_lambda 20, and its number of rounds.
+    """
+    kernel = 10 * scores
+    row, column = np.zeros(len(scores)), np.zeros(len(marginals))
+    for rounds in range(1, 20000):
+        row = -np.log(len(scores)) - logsumexp(kernel + column, axis=1)
+        column = np.log(marginals) - logsumexp(kernel + row[:, None], axis=0)
+        plan = np.exp(kernel + row[:, None] + column)
+        if np.abs(plan.sum(axis=1) - 1 / len(scores)).sum() < 1e-10:
+            return plan, rounds
+    raise AssertionError("not converged")
+
+
+@each_vector
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vectors(vector, dtype):
+    result = sinkhorn_labels(_scores(vector, dtype), vector["col_marginal"], vector["lambda_sk"])
+    assert result.labels.dtype == torch.int64
+    assert result.labels.tolist() == vector["labels"]
+    assert result.error <= 1e-6
+    # Plain Sinkhorn-Knopp needs over 20,000 for some.
+    assert result.passes < 300
+
+
+@each_vector
+def test_plan_and_column_sums_of_vectors(vector):
+    scores = _scores(vector)
+    result = sinkhorn_labels(scores, vector["col_marginal"], vector["lambda_sk"], tol=1e-11)
+    logits = vector["lambda_sk"] / 2 * scores.numpy() + result.bias.numpy()
+    plan = softmax(logits, axis=1) / len(scores)
+    np.testing.assert_allclose(plan, vector["plan_rounded"], atol=2e-8)
+    assert np.abs(plan.sum(axis=0) - vector["col_marginal"]).sum() < 2e-11
+    assert result.labels.tolist() == logits.argmax(axis=1).tolist()
+    assert abs(result.bias.mean().item()) < 1e-9
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_equals_plain_sinkhorn(uniform):
+    scores = _random()
+    marginals = np.full(6, 1 / 6) if uniform else np.array([0.05, 0.3, 0.1, 0.25, 0.1, 0.2])
+    expected, _ = _sinkhorn_by_scipy(scores.numpy(), marginals)
+    result = sinkhorn_labels(scores, None if uniform else marginals, tol=1e-11)
+    plan = softmax(10 * scores.numpy() + result.bias.numpy(), axis=1) / len(scores)
+    np.testing.assert_allclose(plan, expected, atol=1e-9)
+    assert result.labels.tolist() == expected.argmax(axis=1).tolist()
+
+
+def test_dual_never_falls():
+    scores, marginals = _planted(1000, 10), np.full(10, 0.1)
+    last = -np.inf
+    for passes in range(1, 40):
+        result = sinkhorn_labels(scores, max_iter=passes)
+        value = _dual_by_scipy(scores, result.bias.numpy(), marginals)
+        assert value >= last - 1e-9
+        last = value
+    assert result.error <= 1e-6
+    # Its maximum is a stationary point: shifts of any bias lower it.
+    for k in range(10):
+        for shift in (-0.1, 0.1):
+            moved = result.bias.numpy() + shift * np.eye(10)[k]
+            assert _dual_by_scipy(scores, moved, marginals) < last
+
+
+def test_acceleration():
+    scores = _planted()
+    result = sinkhorn_labels(scores)
+    plan, rounds = _sinkhorn_by_scipy(scores.numpy(), np.full(20, 1 / 20))
+    assert rounds > 300
+    assert result.passes < 60
+    assert (result.labels.numpy() == plan.argmax(axis=1)).mean() > 0.9998
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_dual_equals_scipy_wherever_it_is_asked(cache):
+    scores, marginals = _random(), torch.full((6,), 1 / 6, dtype=torch.float64)
+    dual = _Dual(scores, marginals, 10.0, len(scores), None, cache=cache)
+    # Several chunks, the last one shorter.
+    dual.chunk = 64
+    generator = torch.Generator().manual_seed(0)
+    value_at_zero, _ = dual(torch.zeros(6, dtype=torch.float64))
+    expected_at_zero = _dual_by_scipy(scores, np.zeros(6), marginals.numpy())
+    # Far beyond what the exponentials made for the first bias can serve, and back.
+    for size in (1, 100, 3000, 1):
+        bias = size * torch.randn(6, generator=generator, dtype=torch.float64)
+        bias -= bias.mean()
+        value, columns = dual(bias)
+        expected = _dual_by_scipy(scores, bias.numpy(), marginals.numpy()) - expected_at_zero
+        assert value - value_at_zero == pytest.approx(expected, rel=1e-10)
+        probabilities = softmax(10 * scores.numpy() + bias.numpy(), axis=1)
+        np.testing.assert_allclose(columns, probabilities.mean(axis=0), rtol=1e-9, atol=1e-100)
+        expected_labels = (10 * scores + bias).argmax(dim=1)
+        assert torch.equal(dual.labels(bias), expected_labels)
+
+
+def test_row_offsets_do_not_matter():
+    scores = _random()
+    # Exact in float64: rounding must not decide.
+    offsets = torch.arange(len(scores), dtype=torch.float64)[:, None] * 8 - 800
+    scores = (scores * 2**20).round() / 2**20
+    first, second = sinkhorn_labels(scores), sinkhorn_labels(scores + offsets)
+    assert torch.equal(first.bias, second.bias)
+    assert torch.equal(first.labels, second.labels)
+
+
+def test_order_of_rows_and_clusters_does_not_matter():
+    scores = _random()
+    rows = torch.randperm(len(scores), generator=torch.Generator().manual_seed(1))
+    clusters = torch.tensor([3, 0, 5, 1, 4, 2])
+    first = sinkhorn_labels(scores)
+    second = sinkhorn_labels(scores[rows][:, clusters])
+    assert torch.equal(clusters[second.labels], first.labels[rows])
+
+
+def test_dead_and_dominant_clusters_get_their_share():
+    scores = _random(600)
+    shifts = torch.tensor([0.0, -1000.0, 0.0, 500.0, 0.0, -3000.0], dtype=torch.float64)
+    result = sinkhorn_labels((scores + shifts))
+    counts = torch.bincount(result.labels, minlength=6)
+    assert counts.min() > 80 and counts.max() < 120
+    assert result.labels.tolist() == sinkhorn_labels(scores).labels.tolist()
+
+
+def test_half_precision_and_gradients_are_accepted():
+    scores = _random().half()
+    expected = sinkhorn_labels(scores.double()).labels
+    assert torch.equal(sinkhorn_labels(scores).labels, expected)
+    assert torch.equal(sinkhorn_labels(scores.float().requires_grad_()).labels, expected)
+
+
+def test_smallest_inputs():
+    assert sinkhorn_labels(torch.tensor([[0.3], [0.1]])).labels.tolist() == [0, 0]
+    assert sinkhorn_labels(torch.tensor([[0.3, 0.4, 0.1]])).labels.shape == (1,)
+    # By hand: one row each, although both rows prefer the first cluster.
+    assert sinkhorn_labels(torch.tensor([[2.0, 1.0], [2.0, 0.0]])).labels.tolist() == [1, 0]
+
+
+def test_does_not_change_its_input():
+    scores = _random()
+    before = scores.clone()
+    sinkhorn_labels(scores)
+    assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_scores_raise(bad):
+    scores = _random()
+    scores[7, 3] = bad
+    with pytest.raises(ValueError, match="1 values that are not finite.*row 7, cluster 3"):
+        sinkhorn_labels(scores)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(marginals=[0.5, 0.5]), "shape"),
+        (dict(marginals=[0.5, 0.5, 0, 0, 0, 0]), "cluster 2 has 0"),
+        (dict(marginals=[float("nan")] * 6), "cluster 0 has nan"),
+        (dict(marginals=[1.0] * 6), "sum to 6"),
+        (dict(sk_lambda=0.0), "sk_lambda"),
+        (dict(sk_lambda=float("nan")), "sk_lambda"),
+        (dict(tol=0.0), "tol"),
+        (dict(max_iter=0), "max_iter"),
+    ],
+)
+def test_bad_settings_raise(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        sinkhorn_labels(_random(), **kwargs)
+
+
+@pytest.mark.parametrize(
+    "scores", [torch.zeros(3), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 0), None]
+)
+def test_scores_that_are_no_matrix_raise(scores):
+    with pytest.raises(ValueError, match=r"shape \(N, K > 0\)"):
+        sinkhorn_labels(scores)
+
+
+def test_no_rows_raise():
+    with pytest.raises(ValueError, match="no rows"):
+        sinkhorn_labels(torch.zeros(0, 3))
+
+
+def test_warns_at_the_cap(caplog):
+    with caplog.at_level(logging.WARNING):
+        result = sinkhorn_labels(_planted(1000, 10), max_iter=3)
+    assert result.passes == 3
+    assert result.error > 1e-6
+    assert "stopped after 3 passes" in caplog.text
+
+
+def _shard(rank: int) -> torch.Tensor:
+    start = sum(SHARES[:rank])
+    return _planted(sum(SHARES), 10)[start : start + SHARES[rank]]
+
+
+def _on_one_of_three_processes(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=3)
+    pair = dist.new_group([0, 2])
+    results = {"three": vars(sinkhorn_labels(_shard(rank)))}
+    if rank != 1:
+        results["pair"] = vars(sinkhorn_labels(_shard(rank), process_group=pair))
+    scores = _shard(rank).clone()
+    if rank == 2:
+        scores[5, 1] = float("nan")
+    try:
+        sinkhorn_labels(scores)
+    except ValueError as error:
+        results["error"] = str(error)
+    torch.save(results, f"{folder}/{rank}.pth")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("gloo")
+    mp.spawn(_on_one_of_three_processes, args=(str(folder),), nprocs=3)
+    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(3)]
+
+
+@pytest.mark.parametrize("name, ranks", [("three", (0, 1, 2)), ("pair", (0, 2))])
+def test_processes_equal_one(processes, name, ranks):
+    expected = sinkhorn_labels(_planted(sum(SHARES), 10))
+    results = [processes[rank][name] for rank in ranks]
+    assert torch.equal(torch.cat([result["labels"] for result in results]), expected.labels)
+    assert [len(result["labels"]) for result in results] == [SHARES[rank] for rank in ranks]
+    for result in results:
+        # Not nearly: whatever differs between processes would drift apart.
+        assert torch.equal(result["bias"], results[0]["bias"])
+        assert result["passes"] == results[0]["passes"]
+        torch.testing.assert_close(result["bias"], expected.bias, atol=1e-3, rtol=0)
+
+
+def test_every_process_raises_when_one_has_bad_scores(processes):
+    assert "row 5, cluster 1" in processes[2]["error"]
+    assert "on 1 other process" in processes[0]["error"]
+    assert "on 1 other process" in processes[1]["error"]
+
+
+def test_gaussian_marginals_of_the_vector():
+    vector = BY_NAME["g_50x7"]
+    draws = np.array(vector["gauss_z"])
+    weights = np.sort(np.maximum(1 + vector["gauss_sigma"] * draws, vector["gauss_floor"]))
+    marginals = match_marginals(weights, vector["cluster_mass"])
+    np.testing.assert_allclose(marginals, vector["col_marginal"], rtol=1e-12)
+
+
+def test_gaussian_weights():
+    weights = gaussian_weights(5000, sigma=0.1, seed=3)
+    assert weights.dtype == torch.float64
+    assert torch.equal(weights, weights.sort().values)
+    assert weights.mean().item() == pytest.approx(1, abs=0.01)
+    assert weights.std().item() == pytest.approx(0.1, abs=0.005)
+    assert torch.equal(weights, gaussian_weights(5000, sigma=0.1, seed=3))
+    assert not torch.equal(weights, gaussian_weights(5000, sigma=0.1, seed=4))
+    # A wide spread is cut off, so that no cluster is asked to be empty.
+    assert gaussian_weights(5000, sigma=1.0).min().item() == 0.05
+
+
+def test_match_marginals_by_hand():
+    marginals = match_marginals([3.0, 1.0, 4.0], torch.tensor([20, 30, 10]))
+    assert marginals.tolist() == [3 / 8, 4 / 8, 1 / 8]
+    # Equal masses: in the order of clusters.
+    assert match_marginals([1, 3], [5, 5]).tolist() == [0.25, 0.75]
+    with pytest.raises(ValueError, match="2 weights"):
+        match_marginals([1, 3], [5, 5, 5])
+    with pytest.raises(ValueError, match="nan"):
+        match_marginals([1, 3], [5, float("nan")])
+
+
+def test_align_heads_finds_a_permutation():
+    logits = _planted(2000, 10).float()
+    shuffle = torch.randperm(10, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(2000, 10, generator=torch.Generator().manual_seed(3))
+    # Column j of the audio head is cluster shuffle[j] of the visual one, at another scale.
+    audio = 0.3 * (logits + noise)[:, shuffle]
+    permutation = align_heads(logits, audio)
+    assert torch.equal(shuffle[permutation], torch.arange(10))

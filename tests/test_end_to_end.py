@@ -1,0 +1,134 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+All stages on tiny data, as a user runs them, and that what they wrote can be loaded again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data.datasets import load_coco_json
+from pycocotools.coco import COCO
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "quick_schedules"
+STAGES = ["center_box", "localizer_pretrain", "localizer_joint", "detector_warmup", "detector"]
+
+pytestmark = pytest.mark.slow
+
+
+def run(tool: str, *words: str, datasets: Path | None = None) -> str:
+    """
+    Run a tool, and return what it printed.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if datasets:
+        environment["DETECTRON2_DATASETS"] = str(datasets)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def pipeline_words(folder: Path) -> list[str]:
+    words = ["--config-file", str(CONFIGS / "synthetic_pipeline.yaml"), "OUTPUT_DIR", str(folder)]
+    words += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.WARMUP_ITERS", "1"]
+    words += ["MODEL.LOCALIZER.NUM_CLUSTERS", "2", "detector:MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    words += ["MODEL.LOCALIZER.SELF_LABEL.NUM_OPTIMIZATIONS", "2"]
+    for stage in ("localizer_pretrain", "localizer_joint"):
+        words += [f"{stage}:SOLVER.MAX_EPOCH", "0.0", f"{stage}:SOLVER.MAX_ITER", "4"]
+    for stage in ("detector_warmup", "detector"):
+        words += [f"{stage}:SOLVER.MAX_ITER", "3", f"{stage}:SOLVER.IMS_PER_BATCH", "2"]
+    return words
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_datasets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    printed = run("run_pipeline.py", *pipeline_words(folder), datasets=tiny_datasets)
+    return folder, printed
+
+
+def test_every_stage_leaves_its_results(finished):
+    folder, printed = finished
+    for stage in STAGES:
+        assert (folder / stage / "inference" / "results.json").is_file()
+        assert (folder / stage / "model_final.pth").is_file() == (stage != "center_box")
+    table = (folder / "table.md").read_text()
+    assert table in printed
+    assert all(f"| {stage} |" in table for stage in STAGES)
+
+
+def test_results_have_the_standard_form(finished):
+    folder, _ = finished
+    results = json.loads((folder / "detector" / "inference" / "results.json").read_text())
+    assert {"bbox", "bbox_agnostic", "clusters"} <= results.keys()
+    assert {"AP", "AP50", "AP30"} <= results["bbox"].keys()
+    matching = json.loads((folder / "detector/inference/cluster_matching.json").read_text())
+    assert len(matching["mapping"]) == 2
+    log = (folder / "detector" / "log.txt").read_text()
+    assert "copypaste: Task: bbox" in log
+    detections = folder / "detector" / "inference" / "coco_instances_results.json"
+    assert isinstance(json.loads(detections.read_text()), list)
+
+
+def test_a_second_run_does_nothing(finished, tiny_datasets):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pth")}
+    printed = run("run_pipeline.py", *pipeline_words(folder), datasets=tiny_datasets)
+    assert printed.count("is done") == len(STAGES)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pth")}
+
+
+def test_evaluation_alone_gives_the_same_numbers(finished, tiny_datasets, tmp_path):
+    folder, _ = finished
+    stage = folder / "detector"
+    words = ["--config-file", str(stage / "config.yaml"), "--eval-only"]
+    words += ["MODEL.WEIGHTS", str(stage / "model_final.pth"), "OUTPUT_DIR", str(tmp_path)]
+    run("train_net.py", *words, datasets=tiny_datasets)
+    first = json.loads((stage / "inference" / "results.json").read_text())
+    again = json.loads((tmp_path / "inference" / "results.json").read_text())
+    assert json.dumps(again, sort_keys=True) == json.dumps(first, sort_keys=True)
+
+
+def test_self_boxes_are_a_coco_data_set(finished, tiny_datasets, tmp_path):
+    stage = finished[0] / "localizer_joint"
+    words = ["--config-file", str(stage / "config.yaml"), "--output", str(tmp_path)]
+    words += ["MODEL.WEIGHTS", str(stage / "model_final.pth")]
+    run("export_self_boxes.py", *words, datasets=tiny_datasets)
+    coco = COCO(str(tmp_path / "annotations.json"))
+    assert len(coco.getImgIds()) == 24
+    assert {c["name"] for c in coco.loadCats(coco.getCatIds())} == {"cluster_000", "cluster_001"}
+    dicts = load_coco_json(str(tmp_path / "annotations.json"), str(tmp_path / "images"))
+    assert sum(len(d["annotations"]) for d in dicts) >= 20
+    for image in dicts:
+        assert Path(image["file_name"]).is_file()
+        for annotation in image["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            assert 0 <= x < x + width <= image["width"] == 64
+            assert 0 <= y < y + height <= image["height"] == 64
+
+
+def test_pictures_are_drawn(finished, tiny_datasets):
+    folder, _ = finished
+    run("visualize_results.py", "--run", str(folder), "--count", "4", datasets=tiny_datasets)
+    for name in ("heatmaps.png", "detections.png", "curves.png"):
+        assert (folder / "pictures" / name).stat().st_size > 10_000
+
+
+def test_own_videos_need_one_key(tiny_datasets, tmp_path):
+    words = ["--config-file", str(CONFIGS / "own_videos_pipeline.yaml"), "OUTPUT_DIR", tmp_path]
+    words += ["DATASETS.VIDEOS", tiny_datasets / "synthetic_av" / "test"]
+    words += ["SOLVER.MAX_EPOCH", "0.0", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
+    run("run_pipeline.py", *map(str, words))
+    checkpoint = torch.load(tmp_path / "detector" / "model_final.pth", weights_only=True)
+    # Eight clusters and the background.
+    assert checkpoint["model"]["roi_heads.box_predictor.cls_score.weight"].shape[0] == 9

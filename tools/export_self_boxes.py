@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Writes the self-boxes and self-labels of registered clips as COCO json, with the frames.
+
+    python tools/export_self_boxes.py --config-file output/localizer_joint/config.yaml \\
+        --output self_boxes MODEL.WEIGHTS output/localizer_joint/model_final.pth
+
+The clips are DATASETS.TRAIN's, or those of DATASETS.VIDEOS (a folder or a clip list). The result loads
+with register_coco_instances("name", {}, "self_boxes/annotations.json", "self_boxes/images").
+"""
+
+import argparse
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+
+from avdet2.engine import setup
+from avdet2.evaluation.export import export_self_boxes
+from avdet2.evaluation.votes import training_clips
+
+
+def main(args: argparse.Namespace) -> None:
+    """
+    Build the localizer, run it over the clips, write the files.
+    """
+    # The run's own files stay as they are.
+    args.opts = [*(args.opts or []), "OUTPUT_DIR", args.output]
+    cfg = setup(args)
+    if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer":
+        raise ValueError(f"{args.config_file} is not the config of an AVLocalizer")
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    coco = export_self_boxes(model, cfg, training_clips(cfg), args.output)
+    print(
+        f"{len(coco['images'])} frames with {len(coco['annotations'])} self-boxes: "
+        f"{args.output}/annotations.json, {args.output}/images"
+    )
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    main(parser.parse_args())

@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Put clips into the form that training reads fast: small JPEG frames and sound in shards.
+
+Run again, it goes on where it stopped; finished shards are not touched. What could not be read is
+listed in `failures.json` and tried again by the next run. Then set DATASETS.PREPARED to the folder.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+from tqdm import tqdm
+
+from avdet2.data.clip_index import parallel_map
+from avdet2.data.clips import scan_clips
+from avdet2.data.packed import PackSettings
+from avdet2.data.packed_writer import PackedClip, PackedWriter, pack_clip
+from avdet2.data.video import MediaError
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """
+    The command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--clips", help="clip list: csv or jsonl with file, start, duration")
+    source.add_argument("--folder", help="folder of videos, which are cut into clips")
+    parser.add_argument("--output", required=True, help="folder for the shards")
+    parser.add_argument("--root", default="", help="folder of the files in the list; else its own")
+    parser.add_argument("--clip-seconds", type=float, default=10.0, help="with --folder")
+    parser.add_argument("--index", default=None, help="file that keeps what is known of the videos")
+    parser.add_argument("--fps", type=float, default=4.0, help="frames a second")
+    parser.add_argument("--short-side", type=int, default=256, help="of the frames; never enlarged")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
+    parser.add_argument("--sample-rate", type=int, default=24000, help="of the sound, in Hz")
+    parser.add_argument("--shard-mb", type=int, default=512, help="size of a shard")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="processes")
+    return parser
+
+
+def pack_or_fail(
+    clip: dict[str, Any], settings: PackSettings, root: str
+) -> PackedClip | MediaError:
+    """
+    A clip's prepared form, or why there is none.
+    """
+    # One process per core: OpenCV's own threads would only get in the way.
+    cv2.setNumThreads(0)
+    try:
+        return pack_clip(clip, settings, root)
+    except MediaError as error:
+        return error
+
+
+def write_failures(path: Path, failures: list[dict[str, Any]]) -> None:
+    """
+    The failures with their reasons, and how often each occurred.
+    """
+    counts = Counter(failure["reason"] for failure in failures)
+    path.write_text(
+        json.dumps({"total": len(failures), "reasons": counts, "clips": failures}, indent=1),
+        encoding="utf-8",
+    )
+
+
+def main() -> None:
+    """
+    See the top of this file.
+    """
+    args = get_parser().parse_args()
+    source = args.clips or args.folder
+    root = args.folder or args.root or os.path.dirname(os.path.abspath(source))
+    found = scan_clips(source, args.root, args.clip_seconds, args.index)
+    failures = [{"file": file, "reason": reason} for file, reason in found.skipped]
+    settings = PackSettings(args.fps, args.short_side, args.quality, args.sample_rate)
+    with PackedWriter(args.output, settings, root, args.shard_mb << 20) as writer:
+        todo = [clip for clip in found.clips if clip not in writer.present]
+        pack = partial(pack_or_fail, settings=settings, root=writer.root)
+        results = parallel_map(pack, todo, min(args.workers, len(todo)))
+        for clip, result in zip(todo, tqdm(results, "Preparing clips", len(todo), unit="clip")):
+            if isinstance(result, MediaError):
+                place = {"file": clip["file_name"], "start": clip["start"]}
+                failures.append({**place, "reason": result.reason, "detail": result.detail})
+            else:
+                writer.add(result)
+    write_failures(Path(args.output) / "failures.json", failures)
+    failed = len(failures) - len(found.skipped)
+    print(
+        f"{len(found.clips) - len(todo)} clips were there, {len(todo) - failed} were added to "
+        f"{args.output}; {len(failures)} could not be read, see failures.json"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Trains or evaluates one stage: a localizer, a detector on self-boxes, or any Detectron2 model.
+
+    python tools/train_net.py --config-file configs/AV-Localization/vggsound_pretrain.yaml
+    python tools/train_net.py --config-file ... --resume
+    python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
+
+Flags are Detectron2's; everything else is a config key, given as KEY VALUE at the end.
+"""
+
+import argparse
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from avdet2.engine import AVTrainer, setup
+
+
+def main(args: argparse.Namespace) -> dict | None:
+    """
+    Train, or evaluate with ``--eval-only``, on one process.
+    """
+    cfg = setup(args)
+    if args.eval_only:
+        model = AVTrainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = AVTrainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = AVTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
