@@ -31,12 +31,11 @@ INSTALL_REQUIRES = [
     "opencv-python-headless>=4.6",
     "Pillow>=9.5",
     "pycocotools>=2.0.6",
+    "scikit-learn>=1.2",
     "scipy>=1.10",
     "tqdm>=4.60",
 ]
-# K-means as the first labels, and the measures of clusters.
-EVAL = ["scikit-learn>=1.2"]
-TEST = [*EVAL, "librosa>=0.10", "pytest>=7.4"]
+TEST = ["librosa>=0.10", "pytest>=7.4"]
 DEV = ["flake8", "isort"]
 
 setup(
@@ -65,7 +64,6 @@ setup(
     python_requires=">=3.10,<3.13",
     install_requires=INSTALL_REQUIRES,
     extras_require={
-        "eval": EVAL,
         "test": TEST,
         "dev": [*TEST, *DEV],
         "all": [*TEST, *DEV],

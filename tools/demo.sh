@@ -4,13 +4,22 @@
 # From nothing to a detector: sets up the environment, see setup_env.sh, makes synthetic videos,
 # learns a detector from them in all stages, evaluates it and draws what it found.
 #
-#   bash tools/demo.sh [KEY VALUE ...]     configuration keys, for example SEED 1
+#   bash tools/demo.sh [KEY VALUE ...]     configuration keys, for example SEED 2
+#
+# Interrupted and run again, it goes on where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 cd "$ROOT"
 
+DATA="$ROOT/datasets"
 OUTPUT="output/demo"
-"$PYTHON" datasets/prepare_synthetic.py --output datasets/synthetic_av
-"$PYTHON" tools/run_pipeline.py --config-file configs/quick_schedules/synthetic_demo.yaml \
-  OUTPUT_DIR "$OUTPUT" "$@"
-"$PYTHON" tools/visualize_results.py "$OUTPUT"
+export DETECTRON2_DATASETS="$DATA"
+"$PYTHON" datasets/prepare_synthetic.py --output "$DATA/synthetic_av"
+# Reading mp4 files again in every epoch would take most of the time.
+"$PYTHON" tools/prepare_clips.py --clips "$DATA/synthetic_av/train.csv" --short-side 128 \
+  --output "$DATA/synthetic_av/prepared"
+"$PYTHON" tools/run_pipeline.py --config-file configs/quick_schedules/synthetic_pipeline.yaml \
+  OUTPUT_DIR "$OUTPUT" DATASETS.PREPARED "$DATA/synthetic_av/prepared" "$@"
+"$PYTHON" tools/visualize_results.py --run "$OUTPUT"
+cat "$OUTPUT/table.md"
+echo "This table is $OUTPUT/table.md; the pictures are in $OUTPUT/pictures"

@@ -57,6 +57,14 @@ class Stage:
         return self.cfg.MODEL.META_ARCHITECTURE == "CenterBox"
 
     @property
+    def title(self) -> str:
+        """
+        The stage's name in the table.
+        """
+        is_localizer = self.cfg.MODEL.META_ARCHITECTURE == "AVLocalizer"
+        return f"{self.name} (self-boxes)" if is_localizer else self.name
+
+    @property
     def weights(self) -> str:
         return os.path.join(self.folder, "model_final.pth")
 
@@ -171,7 +179,7 @@ def write_table(stages: list[Stage], output_dir: str) -> str:
         path = results_file(stage.folder)
         if os.path.isfile(path):
             with open(path) as f:
-                rows[stage.name] = json.load(f)
+                rows[stage.title] = json.load(f)
     table = results_table(rows)
     with open(os.path.join(output_dir, "table.md"), "w") as f:
         f.write(table)

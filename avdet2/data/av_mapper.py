@@ -146,8 +146,9 @@ class AVMapper:
             dataset_dict: of a registered clip, or of a test image with "audio_file" and "time".
 
         Returns:
-            dict: the input's entries without annotations, "image" (3, h, w) uint8 and "waveform"
-            (T,) int16; None for a clip that cannot be read.
+            dict: the input's entries without annotations, "image" (3, h, w) uint8, "waveform" (T,)
+            int16, and the "height" and "width" of the frame or crop; None for a clip that cannot
+            be read.
         """
         sample = self.read(dataset_dict)
         if sample is None:
@@ -157,6 +158,11 @@ class AVMapper:
         if self.image_format == "BGR":
             image = image[:, :, ::-1]
         output = {key: value for key, value in dataset_dict.items() if key != "annotations"}
+        # What boxes in the image refer to: the frame as it was read (a prepared one is smaller than
+        # the video's), or the crop.
+        output["height"], output["width"] = (
+            frame.shape[:2] if self.crop == "full" else image.shape[:2]
+        )
         output["image"] = to_image_tensor(image)
         output["waveform"] = torch.from_numpy(audio_to_int16(waveform))
         return output

@@ -14,7 +14,7 @@ from avdet2.data.packed import ClipReader
 from avdet2.data.video import audio_to_int16
 from avdet2.data.windows import Window, random_window
 from avdet2.modeling.frozen import load_localizer
-from avdet2.modeling.meta_arch.av_localizer import self_boxes
+from avdet2.modeling.meta_arch.av_localizer import AVLocalizer, self_boxes
 
 
 class SelfBoxMapper:
@@ -117,8 +117,8 @@ class SelfBoxMapper:
         }
 
     def _load(self) -> None:
-        self.localizer, cfg = load_localizer(self.localizer_config, self.localizer_weights)
-        self._check_labels()
+        localizer, cfg = load_localizer(self.localizer_config, self.localizer_weights)
+        self._check_labels(localizer)
         node = cfg.INPUT.AV
         self.crop_size, self.localizer_format = node.CROP_SIZE, cfg.INPUT.FORMAT
         self.window_fraction = node.CROP_SIZE / node.FRAME_SIZE
@@ -126,19 +126,21 @@ class SelfBoxMapper:
             self.prepared, duration=node.AUDIO_SECONDS, sample_rate=node.SAMPLE_RATE
         )
         self.sampler = ClipSampler(reader, node.AUDIO_SECONDS, random_time=True)
+        # Last, as it says that all the others are there.
+        self.localizer = localizer
 
-    def _check_labels(self) -> None:
+    def _check_labels(self, localizer: AVLocalizer) -> None:
         if self.labels != "self":
             return
-        if not self.localizer.has_clusters:
+        if not localizer.has_clusters:
             raise ValueError(
                 "MODEL.SELF_BOX.LABELS is self, but the localizer has no clustering heads (its "
                 "LAMBDA is 1): use the joint stage's, or LABELS none"
             )
-        if self.localizer.num_clusters != self.num_classes:
+        if localizer.num_clusters != self.num_classes:
             raise ValueError(
                 f"MODEL.ROI_HEADS.NUM_CLASSES is {self.num_classes}, but the localizer has "
-                f"{self.localizer.num_clusters} clusters"
+                f"{localizer.num_clusters} clusters"
             )
 
     @torch.no_grad()

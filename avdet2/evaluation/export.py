@@ -67,10 +67,11 @@ def export_self_boxes(
     writer.folder = os.path.join(output_dir, "images")
     os.makedirs(writer.folder, exist_ok=True)
     batches = predict_clips(model, clips, writer, 16, cfg.DATALOADER.NUM_WORKERS)
-    rows = [
-        (inputs, outputs["instances"]) for batch in batches for inputs, outputs in zip(*batch)
+    local = [
+        _coco_entries(inputs, outputs["instances"])
+        for batch in batches
+        for inputs, outputs in zip(*batch)
     ]
-    local = [_coco_entries(inputs, instances) for inputs, instances in rows]
     gathered = [entry for part in comm.all_gather(local) for entry in part]
     if not comm.is_main_process():
         return None

@@ -16,6 +16,9 @@ COLUMNS = (
     ("AP30*", "bbox_agnostic", "AP30"),
     ("AP50*", "bbox_agnostic", "AP50"),
     ("AP*", "bbox_agnostic", "AP"),
+    ("AP50* single", "bbox_objects", "AP50_single_agnostic"),
+    ("silent*", "bbox_objects", "silent_recall_agnostic"),
+    ("several*", "bbox_objects", "multi_object_rate_agnostic"),
     ("NMI", "clusters", "NMI"),
     ("accuracy", "clusters", "hungarian_accuracy"),
 )
@@ -31,7 +34,9 @@ def results_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
             or NaN is shown as "-".
 
     Returns:
-        the table, in percent with one decimal; a star marks class-agnostic columns.
+        the table, in percent with one decimal; a star marks class-agnostic columns. "AP50* single"
+        is over images with one object, "silent*" the recall of silent objects (score 0.3, IoU
+        0.5), "several*" the share of images with several objects in which two or more are found.
     """
     lines = [["method"] + [heading for heading, _, _ in COLUMNS], ["---"] + ["---:"] * len(COLUMNS)]
     for name, results in rows.items():

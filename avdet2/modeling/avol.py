@@ -58,10 +58,12 @@ class AVOLEncoder(Backbone):
         unknown = set(out_features) - set(names)
         if unknown:
             raise ValueError(f"OUT_FEATURES {sorted(unknown)} are none of {names}")
+        # Blocks behind the last one asked for would have no gradient, which DDP refuses.
+        names = names[: 1 + max(names.index(name) for name in out_features)]
         self._out_features = list(out_features)
         self._out_feature_channels = dict(zip(names, channels))
         self._out_feature_strides = {}
-        self.out_channels = channels[-1]
+        self.out_channels = channels[len(names) - 1]
         self.pools = (1, *pools)
         stride = stem_stride
         for name, width, pool in zip(names, channels, self.pools):

@@ -24,7 +24,7 @@ class Temperature(nn.Module):
             kind: "log" learns log(1 / rho) as CLIP does, "linear" learns 1 / rho as the paper's
                 authors do in their public code.
             init: first value of rho.
-            max_scale: upper bound of 1 / rho.
+            max_scale: upper bound of 1 / rho, and of rho.
         """
         super().__init__()
         if kind not in ("log", "linear"):
@@ -41,8 +41,14 @@ class Temperature(nn.Module):
         Returns:
             Tensor: the scalar 1 / rho.
         """
-        scale = self.rho_scale.exp() if self.kind == "log" else self.rho_scale
-        return scale.clamp(max=self.max_scale)
+        # The weight itself is bounded: clamping the result would leave a weight beyond the bound
+        # without a gradient for good.
+        low, high = 1 / self.max_scale, self.max_scale
+        if self.kind == "log":
+            low, high = math.log(low), math.log(high)
+        with torch.no_grad():
+            self.rho_scale.clamp_(low, high)
+        return self.rho_scale.exp() if self.kind == "log" else self.rho_scale
 
 
 class _AllGather(torch.autograd.Function):

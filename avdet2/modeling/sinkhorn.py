@@ -382,7 +382,7 @@ def _agree_on_input(
 
 
 def _as_vector(values: ArrayLike) -> torch.Tensor:
-    return torch.as_tensor(values).detach().to("cpu", torch.float64)
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
 
 
 def _all_reduce(values: torch.Tensor, process_group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -10,19 +10,21 @@ def test_rows_in_order_with_one_decimal_and_dashes_for_what_is_absent():
         "ours": {
             "bbox": {"AP30": 52.3, "AP50": 39.44, "AP": math.nan, "AP-cello": 1.0},
             "bbox_agnostic": {"AP30": 100.0, "AP50": 0.0},
+            "bbox_objects": {"silent_recall_agnostic": 47.6, "silent_recall": 1.0},
             "clusters": {"NMI": 0.8761, "hungarian_accuracy": 0.9, "purity": 0.1},
         },
     }
     assert results_table(rows).splitlines() == [
-        "| method | AP30 | AP50 | AP | AP30* | AP50* | AP* | NMI | accuracy |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| center box | - | - | - | 29.6 | 5.5 | 1.5 | - | - |",
-        "| ours | 52.3 | 39.4 | - | 100.0 | 0.0 | - | 87.6 | 90.0 |",
+        "| method | AP30 | AP50 | AP | AP30* | AP50* | AP* | AP50* single | silent* | several* "
+        "| NMI | accuracy |",
+        "| --- |" + " ---: |" * 11,
+        "| center box | - | - | - | 29.6 | 5.5 | 1.5 | - | - | - | - | - |",
+        "| ours | 52.3 | 39.4 | - | 100.0 | 0.0 | - | - | 47.6 | - | 87.6 | 90.0 |",
     ]
 
 
 def test_a_bar_in_a_name_does_not_end_the_cell():
-    assert results_table({"a|b": {}}).splitlines()[-1] == "| a\\|b |" + " - |" * 8
+    assert results_table({"a|b": {}}).splitlines()[-1] == "| a\\|b |" + " - |" * 11
 
 
 def test_no_rows_is_a_heading():

@@ -124,8 +124,8 @@ def test_temperature():
     for kind in ("log", "linear"):
         assert Temperature(kind, 0.07)().item() == pytest.approx(1 / 0.07, rel=1e-6)
         assert Temperature(kind, 1.0)().item() == pytest.approx(1.0)
-        assert Temperature(kind, 0.001)().item() == 100.0
-        assert Temperature(kind, 0.001, max_scale=50.0)().item() == 50.0
+        assert Temperature(kind, 0.001)().item() == pytest.approx(100.0, rel=1e-6)
+        assert Temperature(kind, 0.001, 50.0)().item() == pytest.approx(50.0, rel=1e-6)
     log, linear = Temperature("log", 0.5), Temperature("linear", 0.5)
     # One step of size d on the parameter: a factor exp(d), or a term d.
     with torch.no_grad():
@@ -138,6 +138,18 @@ def test_temperature():
     assert log.rho_scale.grad.item() == pytest.approx(2 * math.exp(0.3), rel=1e-6)
     assert linear.rho_scale.grad.item() == 1.0
     assert [name for name, _ in log.named_parameters()] == ["rho_scale"]
+
+
+@pytest.mark.parametrize("kind", ["log", "linear"])
+def test_temperature_comes_back_from_its_bound(kind):
+    temperature = Temperature(kind, 0.5, max_scale=10.0)
+    with torch.no_grad():
+        temperature.rho_scale += 1000.0
+    temperature().backward()
+    assert temperature.rho_scale.grad.item() > 0
+    with torch.no_grad():
+        temperature.rho_scale -= 0.5
+    assert temperature().item() < 9.7
 
 
 def test_clustering_loss_equals_numpy():

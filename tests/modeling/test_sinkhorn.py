@@ -44,7 +44,7 @@ def _random(rows: int = 200, clusters: int = 6, seed: int = 0) -> torch.Tensor:
     return scores + torch.linspace(-1, 1, clusters, dtype=torch.float64)
 
 
-def _planted(rows: int = 5000, clusters: int = 20) -> torch.Tensor:
+def _planted(rows: int = 2000, clusters: int = 10) -> torch.Tensor:
     """
     Scores as of trained heads: clusters of unequal sizes, far apart but not separable.
     """
@@ -64,7 +64,9 @@ def _dual_by_scipy(scores: torch.Tensor, bias: np.ndarray, marginals: np.ndarray
     return marginals @ bias - logsumexp(10 * scores.numpy() + bias, axis=1).mean()
 
 
-def _sinkhorn_by_scipy(scores: np.ndarray, marginals: np.ndarray) -> tuple[np.ndarray, int]:
+def _sinkhorn_by_scipy(
+    scores: np.ndarray, marginals: np.ndarray, tol: float = 1e-10
+) -> tuple[np.ndarray, int]:
     """
     Plain alternating scaling in the log domain at sk_lambda 20, and its number of rounds.
     """
@@ -74,7 +76,7 @@ def _sinkhorn_by_scipy(scores: np.ndarray, marginals: np.ndarray) -> tuple[np.nd
         row = -np.log(len(scores)) - logsumexp(kernel + column, axis=1)
         column = np.log(marginals) - logsumexp(kernel + row[:, None], axis=0)
         plan = np.exp(kernel + row[:, None] + column)
-        if np.abs(plan.sum(axis=1) - 1 / len(scores)).sum() < 1e-10:
+        if np.abs(plan.sum(axis=1) - 1 / len(scores)).sum() < tol:
             return plan, rounds
     raise AssertionError("not converged")
 
@@ -96,7 +98,7 @@ def test_plan_and_column_sums_of_vectors(vector):
     result = sinkhorn_labels(scores, vector["col_marginal"], vector["lambda_sk"], tol=1e-11)
     logits = vector["lambda_sk"] / 2 * scores.numpy() + result.bias.numpy()
     plan = softmax(logits, axis=1) / len(scores)
-    np.testing.assert_allclose(plan, vector["plan_rounded"], atol=2e-8)
+    np.testing.assert_allclose(plan, vector["plan_rounded"], atol=1e-11)
     assert np.abs(plan.sum(axis=0) - vector["col_marginal"]).sum() < 2e-11
     assert result.labels.tolist() == logits.argmax(axis=1).tolist()
     assert abs(result.bias.mean().item()) < 1e-9
@@ -114,9 +116,9 @@ def test_equals_plain_sinkhorn(uniform):
 
 
 def test_dual_never_falls():
-    scores, marginals = _planted(1000, 10), np.full(10, 0.1)
+    scores, marginals = _planted(), np.full(10, 0.1)
     last = -np.inf
-    for passes in range(1, 40):
+    for passes in range(1, 60):
         result = sinkhorn_labels(scores, max_iter=passes)
         value = _dual_by_scipy(scores, result.bias.numpy(), marginals)
         assert value >= last - 1e-9
@@ -132,10 +134,11 @@ def test_dual_never_falls():
 def test_acceleration():
     scores = _planted()
     result = sinkhorn_labels(scores)
-    plan, rounds = _sinkhorn_by_scipy(scores.numpy(), np.full(20, 1 / 20))
-    assert rounds > 300
+    # To SeLaVi's tolerance, 0.1 / N.
+    plan, rounds = _sinkhorn_by_scipy(scores.numpy(), np.full(10, 0.1), tol=0.1 / len(scores))
+    assert rounds > 200
     assert result.passes < 60
-    assert (result.labels.numpy() == plan.argmax(axis=1)).mean() > 0.9998
+    assert (result.labels.numpy() == plan.argmax(axis=1)).mean() > 0.995
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -182,7 +185,7 @@ def test_order_of_rows_and_clusters_does_not_matter():
 def test_dead_and_dominant_clusters_get_their_share():
     scores = _random(600)
     shifts = torch.tensor([0.0, -1000.0, 0.0, 500.0, 0.0, -3000.0], dtype=torch.float64)
-    result = sinkhorn_labels((scores + shifts))
+    result = sinkhorn_labels(scores + shifts)
     counts = torch.bincount(result.labels, minlength=6)
     assert counts.min() > 80 and counts.max() < 120
     assert result.labels.tolist() == sinkhorn_labels(scores).labels.tolist()
@@ -250,7 +253,7 @@ def test_no_rows_raise():
 
 def test_warns_at_the_cap(caplog):
     with caplog.at_level(logging.WARNING):
-        result = sinkhorn_labels(_planted(1000, 10), max_iter=3)
+        result = sinkhorn_labels(_planted(), max_iter=3)
     assert result.passes == 3
     assert result.error > 1e-6
     assert "stopped after 3 passes" in caplog.text
@@ -258,7 +261,7 @@ def test_warns_at_the_cap(caplog):
 
 def _shard(rank: int) -> torch.Tensor:
     start = sum(SHARES[:rank])
-    return _planted(sum(SHARES), 10)[start : start + SHARES[rank]]
+    return _planted(sum(SHARES))[start : start + SHARES[rank]]
 
 
 def _on_one_of_three_processes(rank: int, folder: str) -> None:
@@ -287,9 +290,10 @@ def processes(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, ranks", [("three", (0, 1, 2)), ("pair", (0, 2))])
 def test_processes_equal_one(processes, name, ranks):
-    expected = sinkhorn_labels(_planted(sum(SHARES), 10))
+    expected = sinkhorn_labels(_planted(sum(SHARES)))
     results = [processes[rank][name] for rank in ranks]
     assert torch.equal(torch.cat([result["labels"] for result in results]), expected.labels)
     assert [len(result["labels"]) for result in results] == [SHARES[rank] for rank in ranks]
@@ -300,6 +304,7 @@ def test_processes_equal_one(processes, name, ranks):
         torch.testing.assert_close(result["bias"], expected.bias, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_every_process_raises_when_one_has_bad_scores(processes):
     assert "row 5, cluster 1" in processes[2]["error"]
     assert "on 1 other process" in processes[0]["error"]
@@ -338,7 +343,7 @@ def test_match_marginals_by_hand():
 
 
 def test_align_heads_finds_a_permutation():
-    logits = _planted(2000, 10).float()
+    logits = _planted().float()
     shuffle = torch.randperm(10, generator=torch.Generator().manual_seed(2))
     noise = torch.randn(2000, 10, generator=torch.Generator().manual_seed(3))
     # Column j of the audio head is cluster shuffle[j] of the visual one, at another scale.
