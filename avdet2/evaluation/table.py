@@ -4,6 +4,7 @@ Results of several models in one table, laid out as the paper's Table 1.
 """
 
 import math
+import statistics
 from collections.abc import Mapping
 
 __all__ = ["results_table"]
@@ -24,14 +25,15 @@ COLUMNS = (
 )
 
 
-def results_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def results_table(*runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """
     A Markdown table with one row per model.
 
     Args:
-        rows: for each row's name, the results of its evaluation (task, metric, number). APs are
+        runs: for each row's name, the results of its evaluation (task, metric, number). APs are
             percentages; "NMI" and "hungarian_accuracy" of "clusters" are fractions. What is absent
-            or NaN is shown as "-".
+            or NaN is shown as "-". Several runs, with other seeds, give their mean and, behind
+            "±", their standard deviation (with n - 1).
 
     Returns:
         the table, in percent with one decimal; a star marks class-agnostic columns. "AP50* single"
@@ -39,15 +41,19 @@ def results_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         0.5), "several*" the share of images with several objects in which two or more are found.
     """
     lines = [["method"] + [heading for heading, _, _ in COLUMNS], ["---"] + ["---:"] * len(COLUMNS)]
-    for name, results in rows.items():
+    for name in dict.fromkeys(name for rows in runs for name in rows):
         # A bar in the row's name would end its cell.
         line = [name.replace("|", "\\|")]
         for _, task, metric in COLUMNS:
             scale = 100 if task == "clusters" else 1
-            line.append(_percentage(results.get(task, {}).get(metric), scale))
+            found = [rows.get(name, {}).get(task, {}).get(metric, math.nan) for rows in runs]
+            line.append(_percentage([scale * number for number in found]))
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _percentage(number: float | None, scale: int) -> str:
-    return "-" if number is None or math.isnan(number) else f"{scale * number:.1f}"
+def _percentage(numbers: list[float]) -> str:
+    if any(math.isnan(number) for number in numbers):
+        return "-"
+    spread = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.1f}{spread}"

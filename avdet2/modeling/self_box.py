@@ -131,8 +131,8 @@ def _components(
         float32 array of shape (M, 5), box and peak of each component, the highest peak first.
     """
     low, high = float(grid.min()), float(grid.max())
-    # Infinities and NaN end here, too: comparisons with a NaN are false.
-    if not (math.isfinite(high) and high - low > _CONSTANT * max(abs(low), abs(high))):
+    # NaN and infinities end here, too: their comparisons are false, as is inf > inf.
+    if not high - low > _CONSTANT * max(abs(low), abs(high)):
         return np.zeros((0, 5), dtype=np.float32)
     # A pixel is a mean of up to four cells, so it can only reach the threshold beside a cell that
     # does: no other part of the map is upsampled and labelled.

@@ -29,3 +29,12 @@ def test_a_bar_in_a_name_does_not_end_the_cell():
 
 def test_no_rows_is_a_heading():
     assert len(results_table({}).splitlines()) == 2
+
+
+def test_runs_are_averaged_and_their_spread_told():
+    runs = [{"ours": {"bbox": {"AP": number, "AP50": 1.0}}} for number in (10.0, 12.0, 17.0)]
+    del runs[1]["ours"]["bbox"]["AP50"]
+    cells = results_table(*runs).splitlines()[-1].split(" | ")
+    # Mean 13; deviations -3, -1, 4: sqrt(26 / 2).
+    assert cells[3] == "13.0 ± 3.6"
+    assert cells[2] == "-"

@@ -165,9 +165,9 @@ def test_dual_equals_scipy_wherever_it_is_asked(cache):
 
 def test_row_offsets_do_not_matter():
     scores = _random()
-    # Exact in float64: rounding must not decide.
-    offsets = torch.arange(len(scores), dtype=torch.float64)[:, None] * 8 - 800
-    scores = (scores * 2**20).round() / 2**20
+    # Exact in float64, so that all differences come from the offsets.
+    offsets = torch.arange(-100.0, 100.0, dtype=torch.float64)[:, None] * 2**32
+    scores = (scores * 2**10).round() / 2**10
     first, second = sinkhorn_labels(scores), sinkhorn_labels(scores + offsets)
     assert torch.equal(first.bias, second.bias)
     assert torch.equal(first.labels, second.labels)
@@ -346,7 +346,9 @@ def test_align_heads_finds_a_permutation():
     logits = _planted().float()
     shuffle = torch.randperm(10, generator=torch.Generator().manual_seed(2))
     noise = torch.randn(2000, 10, generator=torch.Generator().manual_seed(3))
-    # Column j of the audio head is cluster shuffle[j] of the visual one, at another scale.
-    audio = 0.3 * (logits + noise)[:, shuffle]
-    permutation = align_heads(logits, audio)
+    # Column j of the audio head is cluster shuffle[j] of the visual one. Both are beneath
+    # preferences for some clusters that say nothing about which belong together.
+    visual = 0.02 * logits + 2 * torch.linspace(-1, 1, 10)
+    audio = 0.02 * (logits + noise)[:, shuffle] + 2 * torch.linspace(1, -1, 10)
+    permutation = align_heads(visual, audio)
     assert torch.equal(shuffle[permutation], torch.arange(10))

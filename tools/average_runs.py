@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Prints the table of several pipelines that differ in their seed: mean and standard deviation.
+
+    python tools/average_runs.py output/seed1 output/seed2 output/seed3
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from avdet2.evaluation.table import results_table
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="OUTPUT_DIRs of run_pipeline.py")
+    files = [run / "results.json" for run in parser.parse_args().runs]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        parser.error(f"not there, is the pipeline finished? {', '.join(missing)}")
+    print(results_table(*(json.loads(file.read_text()) for file in files)))
