@@ -120,6 +120,9 @@ def _add_localizer(cfg: CN) -> None:
     node.SELF_LABEL.SIGMA = 0.1
     # First labels: "sinkhorn" (the paper), or "kmeans" on the audio embeddings f_a.
     node.SELF_LABEL.INIT = "sinkhorn"
+    # Bring the clusters of both heads, which start at random, into one order before the first
+    # labels (Hungarian method; not in the paper).
+    node.SELF_LABEL.ALIGN_HEADS = False
     # Clips in a batch of the pass over the data set.
     node.SELF_LABEL.BATCH_SIZE = 64
 

@@ -3,7 +3,7 @@
 """
 Trains or evaluates one stage: a localizer, a detector on self-boxes, or any Detectron2 model.
 
-    python tools/train_net.py --config-file configs/AV-Localization/vggsound_pretrain.yaml
+    python tools/train_net.py --config-file configs/AV-Localization/pretrain.yaml
     python tools/train_net.py --config-file ... --resume
     python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
 

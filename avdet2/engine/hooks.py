@@ -18,7 +18,12 @@ from avdet2.data.av_mapper import AVMapper
 from avdet2.evaluation.inference import predict_clips
 from avdet2.evaluation.self_labels import cluster_quality, eq6_agreement, label_change
 from avdet2.modeling.meta_arch import AVLocalizer
-from avdet2.modeling.sinkhorn import gaussian_weights, match_marginals, sinkhorn_labels
+from avdet2.modeling.sinkhorn import (
+    align_heads,
+    gaussian_weights,
+    match_marginals,
+    sinkhorn_labels,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,23 +96,28 @@ class SelfLabelHook(HookBase):
             first: there are no labels yet (SELF_LABEL.INIT applies).
         """
         start = time.perf_counter()
-        ids, scores, audio = self._predict()
+        ids, logits_v, logits_a, audio = self._predict()
+        if first and self._node.ALIGN_HEADS:
+            logits_a = self._align_heads(logits_v, logits_a)
         extra = {}
         if first and self._node.INIT == "kmeans":
             local = _kmeans_labels(audio, self._num_clusters, self._cfg.SEED)
         else:
-            local, extra = self._sinkhorn(scores)
+            local, extra = self._sinkhorn(logits_v, logits_a)
         labels = self._gather(ids, local)
         self._log(labels, extra, time.perf_counter() - start)
         self._model.labels = labels.to(self._model.device)
 
-    def _predict(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _predict(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Sample ids (n,), scores g_v + g_a (n, K) and audio embeddings (n, D) of this process's
-        share of the clips.
+        Sample ids (n,), logits g_v and g_a (n, K), and audio embeddings (n, D) of this process's
+        share of the clips; n may be 0 on some processes.
         """
         cfg = self._cfg
-        ids, scores, audio = [], [], []
+        ids = []
+        logits_v = [torch.empty(0, self._num_clusters)]
+        logits_a = [torch.empty(0, self._num_clusters)]
+        audio = [torch.empty(0, cfg.MODEL.LOCALIZER.EMBED_DIM)]
         batches = predict_clips(
             self._model,
             self._clips,
@@ -117,16 +127,33 @@ class SelfLabelHook(HookBase):
         )
         for inputs, outputs in batches:
             ids += [x["sample_id"] for x in inputs]
-            scores += [(x["logits_v"] + x["logits_a"]).cpu() for x in outputs]
-            audio += [x["embed_a"].cpu() for x in outputs]
-        if not ids:
-            raise ValueError("no clip of this process's share could be read for self-labelling")
-        return torch.tensor(ids), torch.stack(scores), torch.stack(audio)
+            logits_v += [x["logits_v"][None].cpu() for x in outputs]
+            logits_a += [x["logits_a"][None].cpu() for x in outputs]
+            audio += [x["embed_a"][None].cpu() for x in outputs]
+        # All processes raise together: one that went on alone would wait for the others for ever.
+        if not sum(comm.all_gather(len(ids))):
+            raise ValueError("no training clip could be read for self-labelling")
+        ids = torch.tensor(ids, dtype=torch.long)
+        return ids, torch.cat(logits_v), torch.cat(logits_a), torch.cat(audio)
 
-    def _sinkhorn(self, scores: torch.Tensor) -> tuple[torch.Tensor, dict]:
-        marginals = self._weights
+    def _align_heads(self, logits_v: torch.Tensor, logits_a: torch.Tensor) -> torch.Tensor:
+        """
+        Renumber the audio head's clusters as the visual head numbers them; its logits after that.
+        """
+        parts_v, parts_a = zip(*comm.all_gather((logits_v, logits_a)))
+        order = align_heads(torch.cat(parts_v), torch.cat(parts_a))
+        last = self._model.cls_a[-1]
+        with torch.no_grad():
+            last.weight.copy_(last.weight[order.to(last.weight.device)])
+            last.bias.copy_(last.bias[order.to(last.bias.device)])
+        return logits_a[:, order]
+
+    def _sinkhorn(
+        self, logits_v: torch.Tensor, logits_a: torch.Tensor
+    ) -> tuple[torch.Tensor, dict]:
+        marginals, scores = self._weights, logits_v + logits_a
         if self._node.MARGINALS == "gaussian":
-            mass = torch.softmax(scores.double(), dim=1).sum(dim=0)
+            mass = (logits_v.double().softmax(dim=1) * logits_a.double().softmax(dim=1)).sum(dim=0)
             marginals = match_marginals(self._weights, sum(comm.all_gather(mass)))
         result = sinkhorn_labels(
             scores,
@@ -135,8 +162,10 @@ class SelfLabelHook(HookBase):
             tol=self._node.TOL,
             max_iter=self._node.MAX_PASSES,
         )
-        agreement = eq6_agreement(scores, result.labels)
-        return result.labels, {"passes": result.passes, "eq6_agreement": agreement}
+        extra = {"passes": result.passes}
+        if len(scores):
+            extra["eq6_agreement"] = eq6_agreement(scores, result.labels)
+        return result.labels, extra
 
     def _gather(self, ids: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         labels = torch.full((len(self._clips),), -1, dtype=torch.long)

@@ -42,13 +42,20 @@ class Temperature(nn.Module):
             Tensor: the scalar 1 / rho.
         """
         # The weight itself is bounded: clamping the result would leave a weight beyond the bound
-        # without a gradient for good.
+        # without a gradient for good. Through .data, as autograd may hold the weight already.
         low, high = 1 / self.max_scale, self.max_scale
         if self.kind == "log":
             low, high = math.log(low), math.log(high)
-        with torch.no_grad():
-            self.rho_scale.clamp_(low, high)
-        return self.rho_scale.exp() if self.kind == "log" else self.rho_scale
+        self.rho_scale.data.clamp_(low, high)
+        return self.rho_scale.exp() if self.kind == "log" else self.rho_scale * 1.0
+
+    def rho(self) -> float:
+        """
+        Returns:
+            float: rho, for logs.
+        """
+        scale = self.rho_scale.item()
+        return math.exp(-scale) if self.kind == "log" else 1 / scale
 
 
 class _AllGather(torch.autograd.Function):

@@ -53,6 +53,7 @@ class FakeLocalizer(nn.Module):
         super().__init__()
         self.labels = torch.empty(0, dtype=torch.long)
         self.device = torch.device("cpu")
+        self.cls_a = nn.Sequential(nn.Conv2d(4, CLUSTERS, 1))
 
 
 @pytest.fixture
@@ -69,6 +70,7 @@ def world(monkeypatch):
     world = SimpleNamespace(
         truth=truth,
         logits=4 * nn.functional.one_hot((truth + 1) % CLUSTERS).float(),
+        audio_order=torch.arange(CLUSTERS),
         audio=torch.eye(8)[truth] + 0.01 * torch.randn(CLIPS, 8, generator=generator),
         calls=0,
     )
@@ -82,7 +84,11 @@ def world(monkeypatch):
             yield (
                 [clips[j] for j in batch],
                 [
-                    {"logits_v": half[j], "logits_a": half[j], "embed_a": world.audio[j]}
+                    {
+                        "logits_v": half[j],
+                        "logits_a": half[j][world.audio_order],
+                        "embed_a": world.audio[j],
+                    }
                     for j in batch
                 ],
             )
@@ -97,6 +103,7 @@ def _hook(max_iter: int = 100, **self_label_keys) -> SelfLabelHook:
     add_avdet2_config(cfg)
     cfg.DATASETS.TRAIN = ("hook_clips",)
     cfg.MODEL.LOCALIZER.NUM_CLUSTERS = CLUSTERS
+    cfg.MODEL.LOCALIZER.EMBED_DIM = 8
     node = cfg.MODEL.LOCALIZER.SELF_LABEL
     node.BATCH_SIZE, node.NUM_OPTIMIZATIONS, node.POWER = 7, 5, 1.0
     for key, value in self_label_keys.items():
@@ -201,3 +208,36 @@ def test_given_cluster_sizes(world, tmp_path):
 def test_an_unknown_start_is_refused(world):
     with pytest.raises(ValueError, match="random"):
         _hook(INIT="random")
+
+
+def test_aligned_heads_agree_from_the_first_labels_on(world):
+    # The audio head numbers the clusters in another way: k of it is audio_order[k] of the other.
+    world.audio_order = torch.tensor([2, 0, 1])
+    hook = _hook(ALIGN_HEADS=True)
+    weight = hook._model.cls_a[-1].weight.detach().clone()
+    hook.before_train()
+    expected = (world.truth + 1) % CLUSTERS
+    expected[UNREADABLE] = -1
+    assert torch.equal(hook._model.labels, expected)
+    # Row k of the renumbered head is the row that answers for the visual head's cluster k.
+    order = torch.tensor([1, 2, 0])
+    assert torch.equal(world.audio_order[order], torch.arange(CLUSTERS))
+    assert torch.equal(hook._model.cls_a[-1].weight, weight[order])
+
+
+def test_gaussian_sizes_go_to_the_clusters_that_are_large_already(world):
+    hook = _hook(MARGINALS="gaussian", SIGMA=0.5)
+    # Kind 0 (cluster 1) fills 12 clips, kind 1 (cluster 2) 8, kind 2 (cluster 0) 4.
+    kinds = torch.tensor([0] * 12 + [1] * 8 + [2] * 4)
+    world.logits = 6 * nn.functional.one_hot((kinds + 1) % CLUSTERS).float()
+    hook.before_train()
+    weights = sorted((hook._weights / hook._weights.sum()).tolist())
+    counts = torch.bincount(hook._model.labels[hook._model.labels >= 0], minlength=CLUSTERS)
+    assert counts.argsort().tolist() == [0, 2, 1]
+    np.testing.assert_allclose(sorted(counts.tolist()), 23 * np.array(weights), atol=1.5)
+
+
+def test_no_readable_clip_is_an_error(world, monkeypatch):
+    monkeypatch.setattr(hooks, "predict_clips", lambda *args: iter(()))
+    with pytest.raises(ValueError, match="no training clip"):
+        _hook().before_train()

@@ -152,6 +152,20 @@ def test_temperature_comes_back_from_its_bound(kind):
     assert temperature().item() < 9.7
 
 
+@pytest.mark.parametrize("kind", ["log", "linear"])
+def test_loss_trains_the_temperature(kind):
+    generator = torch.Generator().manual_seed(0)
+    visual = torch.nn.functional.normalize(torch.randn(4, 8, 3, 3, generator=generator), dim=1)
+    audio = torch.nn.functional.normalize(torch.randn(4, 8, generator=generator), dim=1)
+    temperature = Temperature(kind, 0.5)
+    loss, _ = NCELoss(temperature)(visual, audio)
+    # As the meta-architecture does for its log, between forward and backward.
+    assert temperature.rho() == pytest.approx(0.5)
+    temperature()
+    loss.backward()
+    assert temperature.rho_scale.grad.abs().item() > 0
+
+
 def test_clustering_loss_equals_numpy():
     rng = np.random.default_rng(0)
     logits_v, logits_a = rng.normal(size=(2, 6, 4)) * 3

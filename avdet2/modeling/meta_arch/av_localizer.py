@@ -191,7 +191,7 @@ class AVLocalizer(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             nce, accuracy = self.nce(features.visual, features.audio)
         storage.put_scalar("nce/accuracy", accuracy.item())
-        storage.put_scalar("nce/rho", 1.0 / self.nce.temperature().item())
+        storage.put_scalar("nce/rho", self.nce.temperature.rho())
         losses = {"loss_nce": self.nce_weight * nce}
         if self.has_clusters:
             labels = self._labels_of(batched_inputs)
