@@ -66,6 +66,5 @@ setup(
     extras_require={
         "test": TEST,
         "dev": [*TEST, *DEV],
-        "all": [*TEST, *DEV],
     },
 )

@@ -18,6 +18,8 @@ def add_avdet2_config(cfg: CN) -> None:
     """
     _add_data(cfg)
     _add_localizer(cfg)
+    _add_spectrogram(cfg)
+    _add_self_labels(cfg)
     _add_self_boxes(cfg)
     _add_solver(cfg)
     _add_test(cfg)
@@ -78,6 +80,21 @@ def _add_localizer(cfg: CN) -> None:
     node.NUM_CLUSTERS = 39
     node.DROPOUT = 0.0
 
+    # Eq. 4: LAMBDA * L_NC + (1 - LAMBDA) * L_clust. At 1 the clustering heads are not built.
+    node.LAMBDA = 0.5
+    # Score of a pair from its heatmap: "max" (the paper's S), "avg" in pre-training (App. B).
+    node.POOL = "max"
+    # Temperature rho: "log" learns log(1 / rho), "linear" learns 1 / rho itself.
+    node.RHO_PARAM = "log"
+    node.RHO_INIT = 0.07
+    # Upper bound of 1 / rho.
+    node.MAX_SCALE = 100.0
+    # Negatives from all processes, with gradients.
+    node.GATHER = True
+
+
+def _add_spectrogram(cfg: CN) -> None:
+    node = cfg.MODEL.LOCALIZER
     node.SPECTROGRAM = CN()
     # logmel (Slaney scale and norm), or linear (N_MELS is then not used).
     node.SPECTROGRAM.TYPE = "logmel"
@@ -93,18 +110,9 @@ def _add_localizer(cfg: CN) -> None:
     node.SPECTROGRAM.MEAN = -6.5
     node.SPECTROGRAM.STD = 4.8
 
-    # Eq. 4: LAMBDA * L_NC + (1 - LAMBDA) * L_clust. At 1 the clustering heads are not built.
-    node.LAMBDA = 0.5
-    # Score of a pair from its heatmap: "max" (the paper's S), "avg" in pre-training (App. B).
-    node.POOL = "max"
-    # Temperature rho: "log" learns log(1 / rho), "linear" learns 1 / rho itself.
-    node.RHO_PARAM = "log"
-    node.RHO_INIT = 0.07
-    # Upper bound of 1 / rho.
-    node.MAX_SCALE = 100.0
-    # Negatives from all processes, with gradients.
-    node.GATHER = True
 
+def _add_self_labels(cfg: CN) -> None:
+    node = cfg.MODEL.LOCALIZER
     node.SELF_LABEL = CN()
     # Number of times that the labels are estimated anew, denser at the start for POWER > 1:
     # iteration MAX_ITER * (i / (NUM_OPTIMIZATIONS - 1)) ** POWER (SeLaVi's schedule).

@@ -5,14 +5,18 @@ All stages on tiny data, as a user runs them, and that what they wrote can be lo
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.data.datasets import load_coco_json
 from pycocotools.coco import COCO
+
+from avdet2.modeling.frozen import load_localizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "quick_schedules"
@@ -41,7 +45,7 @@ def run(tool: str, *words: str, datasets: Path | None = None) -> str:
 def pipeline_words(folder: Path) -> list[str]:
     words = ["--config-file", str(CONFIGS / "synthetic_pipeline.yaml"), "OUTPUT_DIR", str(folder)]
     words += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.WARMUP_ITERS", "1"]
-    words += ["MODEL.LOCALIZER.NUM_CLUSTERS", "2", "detector:MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    words += ["MODEL.LOCALIZER.NUM_CLUSTERS", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
     words += ["MODEL.LOCALIZER.SELF_LABEL.NUM_OPTIMIZATIONS", "2"]
     for stage in ("localizer_pretrain", "localizer_joint"):
         words += [f"{stage}:SOLVER.MAX_EPOCH", "0.0", f"{stage}:SOLVER.MAX_ITER", "4"]
@@ -88,6 +92,59 @@ def test_a_second_run_does_nothing(finished, tiny_datasets):
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pth")}
 
 
+def kill_before_the_end(stage: Path, checkpoint: str) -> None:
+    """
+    Leave a finished stage as one that was killed while it wrote its final weights.
+    """
+    shutil.rmtree(stage / "inference")
+    (stage / "model_final.pth").write_bytes(b"half of a file")
+    (stage / "last_checkpoint").write_text(checkpoint)
+    (stage / "log.txt").unlink()
+
+
+def test_a_killed_pipeline_goes_on(finished, tiny_datasets, tmp_path):
+    # In another folder: pipelines can be moved.
+    folder = tmp_path / "moved"
+    shutil.copytree(finished[0], folder)
+    # In the middle, or between the last checkpoint and the final weights.
+    killed = {
+        "localizer_pretrain": ("model_0000001.pth", 2, 4),
+        "localizer_joint": ("model_0000003.pth", 4, 4),
+        "detector": ("model_0000001.pth", 2, 3),
+    }
+    for name, (checkpoint, _, _) in killed.items():
+        kill_before_the_end(folder / name, checkpoint)
+    printed = run("run_pipeline.py", *pipeline_words(folder), datasets=tiny_datasets)
+    assert printed.count("is done") == len(STAGES) - len(killed)
+    for name, (_, start, end) in killed.items():
+        stage = folder / name
+        assert f"Starting training from iteration {start}" in (stage / "log.txt").read_text()
+        assert (stage / "last_checkpoint").read_text() == "model_final.pth"
+        final = torch.load(stage / "model_final.pth", weights_only=True)
+        assert final["iteration"] == end - 1
+        # With the state of the optimizer, so that it could go on once more.
+        assert final["trainer"]["_trainer"]["optimizer"]["state"]
+        assert (stage / "inference" / "results.json").is_file()
+
+
+def test_other_options_are_refused(finished, tiny_datasets):
+    folder, _ = finished
+    before = (folder / "table.md").stat().st_mtime_ns
+    words = [*pipeline_words(folder), "SEED", "7"]
+    with pytest.raises(AssertionError, match="SEED was 1, is now 7"):
+        run("run_pipeline.py", *words, datasets=tiny_datasets)
+    assert (folder / "table.md").stat().st_mtime_ns == before
+
+
+def test_a_localizer_of_another_detectron2(finished, tmp_path):
+    stage = finished[0] / "localizer_joint"
+    dump = yaml.safe_load((stage / "config.yaml").read_text())
+    dump["SOLVER"]["KEY_OF_A_NEWER_VERSION"] = 3
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dump))
+    _, cfg = load_localizer(str(tmp_path / "config.yaml"), str(stage / "model_final.pth"))
+    assert cfg.MODEL.LOCALIZER.NUM_CLUSTERS == 2
+
+
 def test_evaluation_alone_gives_the_same_numbers(finished, tiny_datasets, tmp_path):
     folder, _ = finished
     stage = folder / "detector"
@@ -129,6 +186,8 @@ def test_own_videos_need_one_key(tiny_datasets, tmp_path):
     words += ["DATASETS.VIDEOS", tiny_datasets / "synthetic_av" / "test"]
     words += ["SOLVER.MAX_EPOCH", "0.0", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
     run("run_pipeline.py", *map(str, words))
+    # What is known of the videos is kept once, for all stages.
+    assert len(list(tmp_path.glob("clip_index-*.npz"))) == 1
     checkpoint = torch.load(tmp_path / "detector" / "model_final.pth", weights_only=True)
     # Eight clusters and the background.
     assert checkpoint["model"]["roi_heads.box_predictor.cls_score.weight"].shape[0] == 9

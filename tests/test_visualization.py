@@ -47,6 +47,57 @@ def test_no_boxes_leave_the_image_as_it_is():
     assert np.abs(drawn.astype(int) - 77).max() <= 1
 
 
+def _ground(box: list[int]) -> np.ndarray:
+    """
+    Where the dark ground of a long name is, on white.
+    """
+    image = np.full((320, 320, 3), 255, np.uint8)
+    drawn = draw_boxes(image, np.array([box]), ["a long name 99%"], [0])
+    return drawn.max(axis=2) < 80
+
+
+def test_a_name_stays_within_the_picture():
+    # Rows below the line of the boxes; the name starts at their corner where there is room.
+    (free,) = _ground([100, 100, 200, 200])[104:112].any(axis=0).nonzero()
+    (beside,) = _ground([250, 100, 310, 200])[104:112].any(axis=0).nonzero()
+    assert 97 <= free[0] <= 101 and free[-1] > 205
+    assert beside[-1] in (317, 318)
+    np.testing.assert_allclose(beside[-1] - beside[0], free[-1] - free[0], atol=2)
+    # A low box in the corner, whose name would be below and to the right of the picture, is all
+    # below row 311.
+    assert _ground([250, 314, 319, 319])[:311].any(axis=0).sum() >= 60
+
+
+def _along_top(drawn: np.ndarray, box: tuple) -> np.ndarray:
+    """
+    Which columns between the corners have a white line at the top of a box.
+    """
+    left, top, right, _ = box
+    return (drawn[top - 2 : top + 3, left + 4 : right - 4].min(axis=2) > 200).any(axis=0)
+
+
+def test_truth_is_white_and_dashed_where_it_is_silent():
+    image = np.full((320, 320, 3), 90, np.uint8)
+    heard, silent = (20, 60, 140, 200), (180, 60, 300, 200)
+    drawn = draw_boxes(image, np.zeros((0, 4)), [], [], [heard, silent], [False, True])
+    assert _along_top(drawn, heard).all()
+    assert 0.3 < _along_top(drawn, silent).mean() < 0.9
+    # Thin: the middle of a box is as it was.
+    assert (drawn[80:180, 40:120] == 90).all()
+    # On white it is seen by its dark edge.
+    drawn = draw_boxes(np.full_like(image, 255), np.zeros((0, 4)), [], [], [heard], [False])
+    assert drawn[58:63, 80].min() < 128
+
+
+def test_truth_is_enlarged_with_the_image():
+    image = np.full((40, 80, 3), 90, np.uint8)
+    drawn = draw_boxes(image, np.zeros((0, 4)), [], [], [[10, 10, 30, 30]], [False])
+    assert drawn.shape == (320, 640, 3)
+    assert _along_top(drawn, (80, 80, 240, 240)).all()
+    with pytest.raises(ValueError):
+        draw_boxes(image, np.zeros((0, 4)), [], [], [[10, 10, 30, 30]], [])
+
+
 def test_a_grid_holds_its_images(tmp_path):
     red = np.zeros((50, 50, 3), np.uint8)
     red[:, :, 0] = 255

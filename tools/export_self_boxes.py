@@ -16,9 +16,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
+from avdet2.data.clips import training_clips
 from avdet2.engine import setup
 from avdet2.evaluation.export import export_self_boxes
-from avdet2.evaluation.votes import training_clips
 
 
 def main(args: argparse.Namespace) -> None:
@@ -32,7 +32,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.config_file} is not the config of an AVLocalizer")
     model = build_model(cfg)
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    coco = export_self_boxes(model, cfg, training_clips(cfg), args.output)
+    clips, _ = training_clips(cfg.DATASETS.TRAIN)
+    coco = export_self_boxes(model, cfg, clips, args.output)
     print(
         f"{len(coco['images'])} frames with {len(coco['annotations'])} self-boxes: "
         f"{args.output}/annotations.json, {args.output}/images"

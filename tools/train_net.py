@@ -11,6 +11,7 @@ Flags are Detectron2's; everything else is a config key, given as KEY VALUE at t
 """
 
 import argparse
+import os
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser, launch
@@ -36,7 +37,17 @@ def main(args: argparse.Namespace) -> dict | None:
         return results
     trainer = AVTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if trainer.start_iter >= trainer.max_iter and not is_final(trainer):
+        # Killed between the last checkpoint and model_final.pth, which only a step would write.
+        trainer.checkpointer.save("model_final", iteration=trainer.max_iter - 1)
     return trainer.train()
+
+
+def is_final(trainer: AVTrainer) -> bool:
+    """
+    Whether the last checkpoint that was written as a whole is that of the training's end.
+    """
+    return os.path.basename(trainer.checkpointer.get_checkpoint_file()) == "model_final.pth"
 
 
 if __name__ == "__main__":

@@ -5,13 +5,17 @@ Draws what a finished pipeline learned: heatmaps.png, detections.png and curves.
 
     python tools/visualize_results.py --run output/synthetic
 
-Test images show detections above a score with their names (or cluster numbers, where no labels say
-what a cluster is); white boxes are objects of the ground truth, "silent" ones among them.
+Heatmaps lie over frames of training clips, with the self-box and, as title, its name. Test images
+show detections above a score with their names (or cluster numbers, where no labels say what a
+cluster is); thin white boxes are objects of the ground truth, dashed where they are silent. Without
+a test set, detections are drawn on frames of training clips.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -21,11 +25,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
 
 from avdet2.data.av_mapper import AVMapper
+from avdet2.data.clips import training_clips
+from avdet2.data.video import MediaError
 from avdet2.engine import load_cfg, use_own_videos
 from avdet2.evaluation.export import cluster_names
-from avdet2.evaluation.votes import training_clips
 from avdet2.visualization import (
     draw_boxes,
     overlay_heatmap,
@@ -37,9 +43,11 @@ from avdet2.visualization import (
 
 def stage_cfg(stage: Path):
     """
-    The config of a finished stage, with its weights.
+    The config of a finished stage, with its weights, for a GPU where there is one.
     """
     cfg = load_cfg(str(stage / "config.yaml"), ["MODEL.WEIGHTS", str(stage / "model_final.pth")])
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
     use_own_videos(cfg)
     return cfg
 
@@ -56,8 +64,29 @@ def class_names(stage: Path, cfg, num_clusters: int) -> list[str]:
             if target is not None and target >= 0:
                 names[cluster] = found["class_names"][target]
     elif cfg.MODEL.SELF_BOX.LABELS == "video" and cfg.DATASETS.TEST:
+        # The names of a data set are known once it is loaded.
+        DatasetCatalog.get(cfg.DATASETS.TEST[0])
         names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
     return list(names)
+
+
+def readable(clips: list[dict], mapper: AVMapper, count: int) -> Iterator[tuple[dict, np.ndarray]]:
+    """
+    Clips at equal steps, with their middle frames (H, W, 3) RGB; bad ones are left out.
+    """
+    for i in np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int):
+        try:
+            yield clips[i], mapper.read(clips[i])[0]
+        except MediaError as error:
+            print(f"left out {error}")
+
+
+def clip_title(cfg, clip: dict, name: str = "") -> str:
+    """
+    A short title; files of a benchmark are numbers that say nothing.
+    """
+    file = Path(clip["file_name"]).name if cfg.DATASETS.VIDEOS else ""
+    return ": ".join(part for part in (shorten(file, 30, placeholder="..."), name) if part)
 
 
 def draw_heatmaps(stage: Path, path: Path, count: int) -> None:
@@ -65,35 +94,28 @@ def draw_heatmaps(stage: Path, path: Path, count: int) -> None:
     Training clips with their heatmaps and self-boxes.
     """
     cfg = stage_cfg(stage)
-    clips = training_clips(cfg)
+    clips, _ = training_clips(cfg.DATASETS.TRAIN)
     mapper = AVMapper(cfg, "full")
     model = build_model(cfg).eval()
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     names = class_names(stage, cfg, cfg.MODEL.LOCALIZER.NUM_CLUSTERS)
     images, titles = [], []
-    for i in tqdm(np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int), "heatmaps"):
-        sample = mapper(clips[i])
-        if sample is None:
-            continue
-        frame, _ = mapper.read(clips[i])
+    for clip, frame in tqdm(readable(clips, mapper, count), "heatmaps", count):
         with torch.no_grad():
-            output = model([{**sample, "height": frame.shape[0], "width": frame.shape[1]}])[0]
-        boxes = output["instances"]
-        classes = boxes.pred_classes.tolist()
+            output = model([mapper(clip)])[0]
+        found = output["instances"]
+        classes = found.pred_classes.tolist()
         heat = overlay_heatmap(frame, output["heatmap"].cpu().numpy())
-        labels = [names[c] for c in classes]
-        images.append(draw_boxes(heat, boxes.pred_boxes.tensor.numpy(), labels, classes))
-        titles.append(Path(clips[i]["file_name"]).name)
+        images.append(draw_boxes(heat, found.pred_boxes.tensor.numpy(), None, classes))
+        name = names[classes[0]] if classes and model.has_clusters else ""
+        titles.append(clip_title(cfg, clip, name))
     save_grid(path, images, titles)
 
 
 def test_images(cfg, count: int) -> list[dict]:
     """
-    Test images, those with silent objects and with several objects first; frames of training clips
-    where there is no test set.
+    Images of the first test set, among those with the most objects, silent ones included.
     """
-    if not cfg.DATASETS.TEST:
-        return []
     dicts = DatasetCatalog.get(cfg.DATASETS.TEST[0])
 
     def interest(image: dict) -> int:
@@ -113,36 +135,44 @@ def draw_detections(stage: Path, path: Path, count: int, score: float) -> None:
     predictor = DefaultPredictor(cfg)
     names = class_names(stage, cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     images, titles = [], []
-    for image, title, truth in tqdm(list(pictures(cfg, count)), "detections"):
+    for image, title, truth, silent in tqdm(pictures(cfg, count), "detections", count):
         found = predictor(image[:, :, ::-1])["instances"].to("cpu")
         found = found[found.scores > score]
         classes = found.pred_classes.tolist()
         labels = [f"{names[c]} {s:.0%}" for c, s in zip(classes, found.scores.tolist())]
-        drawn = draw_boxes(image, found.pred_boxes.tensor.numpy(), labels, classes)
-        images.append(drawn)
-        titles.append(f"{title}{truth}")
+        boxes = found.pred_boxes.tensor.numpy()
+        images.append(draw_boxes(image, boxes, labels, classes, truth, silent))
+        titles.append(title)
     save_grid(path, images, titles)
 
 
-def pictures(cfg, count: int):
+def pictures(cfg, count: int) -> Iterator[tuple[np.ndarray, str, list, list[bool]]]:
     """
-    Images (RGB) with a title and a text about the truth, of the test set or of training clips.
+    Images (RGB) of the test set, or of training clips where there is none, each with a title and
+    the true boxes, xyxy, and which of them are silent.
     """
-    for image in test_images(cfg, count):
-        names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
-        words = [
-            names[a["category_id"]] + ("" if a.get("sounding", 1) else " (silent)")
-            for a in image.get("annotations", [])
-        ]
-        pixels = detection_utils.read_image(image["file_name"], "RGB")
-        yield pixels, "", ", ".join(words)
     if not cfg.DATASETS.TEST:
-        clips = training_clips(cfg)
-        mapper = AVMapper(cfg, "full")
-        for i in np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int):
-            sample = mapper.read(clips[i])
-            if sample is not None:
-                yield sample[0], Path(clips[i]["file_name"]).name, ""
+        clips, _ = training_clips(cfg.DATASETS.TRAIN)
+        for clip, frame in readable(clips, AVMapper(cfg, "full"), count):
+            yield frame, clip_title(cfg, clip), [], []
+        return
+    for image in test_images(cfg, count):
+        objects = image.get("annotations", [])
+        truth = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
+        silent = [not x.get("sounding", 1) for x in objects]
+        pixels = detection_utils.read_image(image["file_name"], "RGB")
+        yield pixels, truth_title(cfg, objects), truth, silent
+
+
+def truth_title(cfg, objects: list[dict]) -> str:
+    """
+    Names of the objects that are heard, and of those that are silent.
+    """
+    names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
+    heard = [names[x["category_id"]] for x in objects if x.get("sounding", 1)]
+    silent = [names[x["category_id"]] for x in objects if not x.get("sounding", 1)]
+    parts = [", ".join(heard), f"silent: {', '.join(silent)}" if silent else ""]
+    return shorten(" | ".join(part for part in parts if part), 46, placeholder=" ...")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -171,5 +201,5 @@ if __name__ == "__main__":
     parser.add_argument("--localizer", default="localizer_joint", help="name of the stage")
     parser.add_argument("--detector", default="detector", help="name of the stage")
     parser.add_argument("--count", type=int, default=16, help="pictures in a grid")
-    parser.add_argument("--score", type=float, default=0.3, help="least score of a detection")
+    parser.add_argument("--score", type=float, default=0.5, help="least score of a detection")
     main(parser.parse_args())

@@ -6,8 +6,10 @@ A clip's dict to a frame and its sound, for the localizer.
 import logging
 import math
 
+import cv2
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from detectron2.config import configurable
 from detectron2.data import detection_utils
@@ -30,22 +32,30 @@ def to_image_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
+def limit_threads() -> None:
+    """
+    In a worker of a loader, keep OpenCV from starting threads that other workers' cores are for.
+    """
+    if get_worker_info() is not None and cv2.getNumThreads() > 1:
+        cv2.setNumThreads(0)
+
+
 class ClipSampler:
     """
     Draws one moment of a clip: a frame and the sound around it.
-
-    A clip that cannot be read gives None and is logged once; the stock MapDataset then draws
-    another.
     """
 
-    def __init__(self, reader: ClipReader, audio_seconds: float, random_time: bool) -> None:
+    def __init__(self, reader: ClipReader, audio_seconds: float, training: bool) -> None:
         """
         Args:
             reader: reads the prepared form, or the video.
             audio_seconds: length of the sound.
-            random_time: a random moment, or the middle of the clip.
+            training: a random moment, and None for a clip that cannot be read, which is logged
+                once in each worker: the stock MapDataset then draws another clip, as often as it
+                gets None, so many failures in a row are an error. Else the middle of the clip, and
+                the reader's MediaError is the caller's.
         """
-        self.reader, self.audio_seconds, self.random_time = reader, audio_seconds, random_time
+        self.reader, self.audio_seconds, self.training = reader, audio_seconds, training
         self.failed: dict[str, str] = {}
         self.failures_in_a_row = 0
 
@@ -54,7 +64,7 @@ class ClipSampler:
         A time in seconds whose sound lies within the clip, where the clip is long enough.
         """
         slack = max(0.0, clip["duration"] - self.audio_seconds)
-        position = np.random.rand() if self.random_time else 0.5
+        position = np.random.rand() if self.training else 0.5
         return clip["start"] + (clip["duration"] - slack) / 2 + position * slack
 
     def __call__(self, clip: dict) -> tuple[np.ndarray, np.ndarray] | None:
@@ -63,11 +73,18 @@ class ClipSampler:
             clip: dict of a registered clip.
 
         Returns:
-            tuple: frame (H, W, 3) uint8 RGB and sound (T,) float32; None for a bad clip.
+            tuple: frame (H, W, 3) uint8 RGB and sound (T,) float32; None for a bad clip, in
+            training.
+
+        Raises:
+            MediaError: a bad clip, not in training.
+            ValueError: nothing but bad clips, in training.
         """
         try:
             sample = self.reader.read(clip, self.moment(clip))
         except MediaError as error:
+            if not self.training:
+                raise
             self._count(clip["file_name"], error)
             return None
         self.failures_in_a_row = 0
@@ -131,7 +148,7 @@ class AVMapper:
         )
         return {
             "crop": crop,
-            "sampler": ClipSampler(reader, node.AUDIO_SECONDS, random_time=crop == "random"),
+            "sampler": ClipSampler(reader, node.AUDIO_SECONDS, training=crop == "random"),
             "frame_size": node.FRAME_SIZE,
             "crop_size": node.CROP_SIZE,
             "flip": cfg.INPUT.RANDOM_FLIP == "horizontal",
@@ -148,8 +165,12 @@ class AVMapper:
         Returns:
             dict: the input's entries without annotations, "image" (3, h, w) uint8, "waveform" (T,)
             int16, and the "height" and "width" of the frame or crop; None for a clip that cannot
-            be read.
+            be read, with random crops.
+
+        Raises:
+            MediaError: a clip or sound that cannot be read, with other crops.
         """
+        limit_threads()
         sample = self.read(dataset_dict)
         if sample is None:
             return None
@@ -170,9 +191,10 @@ class AVMapper:
     def read(self, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray] | None:
         """
         The frame (H, W, 3) uint8 RGB as it is in the file, and the sound (T,) float32; None for a
-        clip that cannot be read.
+        clip that cannot be read, with random crops.
 
         Raises:
+            MediaError: see :meth:`__call__`.
             ValueError: there is no sound to the image.
         """
         if "start" in dataset_dict:

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -224,6 +224,51 @@ def register_av_clips(
         return found.clips
 
     DatasetCatalog.register(name, load)
+
+
+def training_clips(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """
+    The clips of registered data sets as one set, numbered through.
+
+    All that keeps something per clip (labels, votes, exported frames) finds it by `sample_id`,
+    which each data set counts from 0.
+
+    Args:
+        names: of the data sets, usually cfg.DATASETS.TRAIN.
+
+    Returns:
+        tuple: new clip dicts whose `sample_id` = `image_id` is their place in the list and whose
+        `label`, where there is one, counts the merged class names; and these: the data sets'
+        `label_classes` in the order in which they first occur.
+
+    Raises:
+        ValueError: no data set, an empty one, or a label without a name.
+    """
+    if not names:
+        raise ValueError("no training clips: set DATASETS.VIDEOS or DATASETS.TRAIN")
+    merged, place_of = [], {}
+    for name in names:
+        clips = DatasetCatalog.get(name)
+        if not clips:
+            raise ValueError(f"the data set {name} has no clips")
+        # The names are known once the clips are loaded.
+        classes = MetadataCatalog.get(name).get("label_classes", [])
+        places = [place_of.setdefault(label, len(place_of)) for label in classes]
+        for clip in clips:
+            clip = {**clip, "sample_id": len(merged), "image_id": len(merged)}
+            if "label" in clip:
+                clip["label"] = _renumbered(clip["label"], places, name)
+            merged.append(clip)
+    return merged, list(place_of)
+
+
+def _renumbered(label: int, places: list[int], name: str) -> int:
+    if not 0 <= label < len(places):
+        raise ValueError(
+            f"a clip of {name} has the label {label}, but the `label_classes` in the data set's "
+            f"metadata are {len(places)}"
+        )
+    return places[label]
 
 
 def _clip_dicts(

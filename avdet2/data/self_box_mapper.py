@@ -9,7 +9,12 @@ import torch
 from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 
-from avdet2.data.av_mapper import MAX_FAILURES_IN_A_ROW, ClipSampler, to_image_tensor
+from avdet2.data.av_mapper import (
+    MAX_FAILURES_IN_A_ROW,
+    ClipSampler,
+    limit_threads,
+    to_image_tensor,
+)
 from avdet2.data.packed import ClipReader
 from avdet2.data.video import audio_to_int16
 from avdet2.data.windows import Window, random_window
@@ -55,6 +60,11 @@ class SelfBoxMapper:
         """
         if labels not in ("none", "self", "video"):
             raise ValueError(f"MODEL.SELF_BOX.LABELS must be none, self or video, not {labels!r}")
+        if labels == "none" and num_classes != 1:
+            raise ValueError(
+                f"MODEL.SELF_BOX.LABELS none gives all boxes one class, but "
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: set it to 1"
+            )
         if not 0 <= beta[0] <= beta[1] < 1:
             raise ValueError(f"MODEL.SELF_BOX.BETA must be a range within [0, 1), not {beta}")
         self.localizer_config, self.localizer_weights = localizer_config, localizer_weights
@@ -89,6 +99,7 @@ class SelfBoxMapper:
             dict: "image" (3, S, S) uint8 and "instances" with gt_boxes and gt_classes, beside the
             input's entries; None for a clip that cannot be read or has no self-box.
         """
+        limit_threads()
         if self.localizer is None:
             self._load()
         sample = self.sampler(dataset_dict)
@@ -125,7 +136,7 @@ class SelfBoxMapper:
         reader = ClipReader(
             self.prepared, duration=node.AUDIO_SECONDS, sample_rate=node.SAMPLE_RATE
         )
-        self.sampler = ClipSampler(reader, node.AUDIO_SECONDS, random_time=True)
+        self.sampler = ClipSampler(reader, node.AUDIO_SECONDS, training=True)
         # Last, as it says that all the others are there.
         self.localizer = localizer
 

@@ -4,35 +4,23 @@ From command-line arguments to a config, and from epochs to iterations.
 """
 
 import argparse
+import hashlib
+import logging
 import math
 import os
 
-from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+import torch
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from avdet2.config import add_avdet2_config
-from avdet2.data.clips import register_av_clips
+from avdet2.config_file import load_cfg
+from avdet2.data.clips import register_av_clips, training_clips
 
-
-def load_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
-    """
-    Detectron2's defaults, avdet2's keys, a config file and ``KEY VALUE`` pairs, not yet frozen.
-
-    Args:
-        config_file: path of a YAML file; nothing in it is executed.
-        opts: keys and values in turn.
-    """
-    cfg = get_cfg()
-    add_avdet2_config(cfg)
-    if config_file:
-        cfg.merge_from_file(config_file, allow_unsafe=False)
-    if len(opts or []) % 2:
-        raise ValueError(f"options are KEY VALUE pairs, but there are {len(opts)} words: {opts}")
-    cfg.merge_from_list(opts or [])
-    return cfg
+logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -41,9 +29,15 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
     Args:
         args: of Detectron2's argument parser.
+
+    Raises:
+        ValueError: there is nothing to train on, or no CUDA device where one is asked for.
     """
     cfg = load_cfg(args.config_file, args.opts)
-    use_own_videos(cfg)
+    # Whoever reads a run's config.yaml, with another OUTPUT_DIR, uses that run's clips.
+    is_dump = os.path.basename(args.config_file) == "config.yaml"
+    use_own_videos(cfg, os.path.dirname(args.config_file) if is_dump else cfg.OUTPUT_DIR)
+    _check(cfg, args.eval_only)
     cfg.freeze()
     default_setup(cfg, args)
     # Detectron2 sets up its own logger and fvcore's only.
@@ -51,27 +45,43 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def use_own_videos(cfg: CfgNode) -> None:
+def _check(cfg: CfgNode, eval_only: bool) -> None:
+    if not (cfg.DATASETS.TRAIN or eval_only):
+        raise ValueError(
+            "there are no training clips: set DATASETS.VIDEOS (a folder of videos or a clip list) "
+            "or DATASETS.TRAIN (registered data sets)"
+        )
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no CUDA device: "
+            "to run without one, add MODEL.DEVICE cpu"
+        )
+
+
+def use_own_videos(cfg: CfgNode, run_folder: str = "") -> None:
     """
     Make cfg.DATASETS.VIDEOS, a folder or a clip list, the training set, in place.
 
-    The index of the clips is kept in the folder above OUTPUT_DIR's last part, where the stages of
-    a pipeline share it.
+    Args:
+        cfg: not frozen; DATASETS.VIDEOS becomes an absolute path.
+        run_folder: of the run; by default cfg.OUTPUT_DIR. What is known of a folder's videos is
+            kept one folder above it, where the stages of a pipeline share it; what is known of a
+            list's, beside the list.
     """
-    source = cfg.DATASETS.VIDEOS
-    if not source:
+    if not cfg.DATASETS.VIDEOS:
         return
+    source = os.path.abspath(cfg.DATASETS.VIDEOS)
     if not os.path.exists(source):
-        raise ValueError(f"DATASETS.VIDEOS {source!r} does not exist")
-    name = f"videos:{os.path.abspath(source)}"
+        raise ValueError(f"DATASETS.VIDEOS {cfg.DATASETS.VIDEOS!r} does not exist")
+    cfg.DATASETS.VIDEOS = source
+    name = f"videos:{source}"
     if name not in DatasetCatalog.list():
-        parent = os.path.dirname(os.path.abspath(cfg.OUTPUT_DIR))
-        register_av_clips(
-            name,
-            source,
-            clip_seconds=cfg.DATASETS.CLIP_SECONDS,
-            index=os.path.join(parent, "clip_index.npz"),
-        )
+        index = None
+        if os.path.isdir(source):
+            above = os.path.dirname(os.path.abspath(run_folder or cfg.OUTPUT_DIR))
+            digest = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+            index = os.path.join(above, f"clip_index-{digest}.npz")
+        register_av_clips(name, source, clip_seconds=cfg.DATASETS.CLIP_SECONDS, index=index)
     cfg.DATASETS.TRAIN = (name,)
 
 
@@ -88,13 +98,17 @@ def resolve_epochs(cfg: CfgNode) -> CfgNode:
     solver = cfg.SOLVER
     if not (solver.MAX_EPOCH or solver.WARMUP_EPOCH):
         return cfg
-    clips = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+    clips, _ = training_clips(cfg.DATASETS.TRAIN)
     iters_per_epoch = max(1.0, len(clips) / solver.IMS_PER_BATCH)
     cfg = cfg.clone()
     cfg.defrost()
-    if solver.MAX_EPOCH:
-        cfg.SOLVER.MAX_ITER = math.ceil(solver.MAX_EPOCH * iters_per_epoch)
-    if solver.WARMUP_EPOCH:
-        cfg.SOLVER.WARMUP_ITERS = math.ceil(solver.WARMUP_EPOCH * iters_per_epoch)
+    for epochs, iterations in (("MAX_EPOCH", "MAX_ITER"), ("WARMUP_EPOCH", "WARMUP_ITERS")):
+        if solver[epochs]:
+            cfg.SOLVER[iterations] = math.ceil(solver[epochs] * iters_per_epoch)
+            logger.info(
+                f"SOLVER.{epochs}: {solver[epochs]:g} epochs of {len(clips)} clips are "
+                f"{cfg.SOLVER[iterations]} iterations; SOLVER.{iterations} "
+                f"{solver[iterations]} is not used"
+            )
     cfg.freeze()
     return cfg

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from avdet2.data.av_mapper import AVMapper
+from avdet2.data.clips import training_clips
 from avdet2.evaluation.inference import predict_clips
 from avdet2.evaluation.self_labels import cluster_quality, eq6_agreement, label_change
 from avdet2.modeling.meta_arch import AVLocalizer
@@ -59,7 +59,7 @@ class SelfLabelHook(HookBase):
             raise ValueError(f"SELF_LABEL.INIT must be sinkhorn or kmeans, not {self._node.INIT!r}")
         self._num_clusters = cfg.MODEL.LOCALIZER.NUM_CLUSTERS
         self._weights = _marginal_weights(self._node, self._num_clusters, cfg.SEED)
-        self._clips = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+        self._clips, _ = training_clips(cfg.DATASETS.TRAIN)
         self._mapper = AVMapper(cfg, "center")
 
     def state_dict(self) -> dict:
@@ -162,10 +162,8 @@ class SelfLabelHook(HookBase):
             tol=self._node.TOL,
             max_iter=self._node.MAX_PASSES,
         )
-        extra = {"passes": result.passes}
-        if len(scores):
-            extra["eq6_agreement"] = eq6_agreement(scores, result.labels)
-        return result.labels, extra
+        agreement = _agreement_of_all(scores, result.labels)
+        return result.labels, {"passes": result.passes, "eq6_agreement": agreement}
 
     def _gather(self, ids: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
         labels = torch.full((len(self._clips),), -1, dtype=torch.long)
@@ -202,6 +200,16 @@ class SelfLabelHook(HookBase):
         logger.info(f"self-labels before iteration {self.trainer.iter + 1}: {text}")
         for key, value in values.items():
             self.trainer.storage.put_scalar(f"self_label/{key}", value, smoothing_hint=False)
+
+
+def _agreement_of_all(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """
+    :func:`eq6_agreement` over the clips of all processes; this one may have none.
+    """
+    count = len(scores)
+    share = eq6_agreement(scores, labels) if count else 0.0
+    matches, counts = zip(*comm.all_gather((share * count, count)))
+    return sum(matches) / sum(counts)
 
 
 def _marginal_weights(node: CfgNode, num_clusters: int, seed: int) -> torch.Tensor | None:

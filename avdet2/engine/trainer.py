@@ -17,6 +17,7 @@ from detectron2.data import (
     DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
+    get_detection_dataset_dicts,
 )
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.train_loop import HookBase
@@ -25,10 +26,12 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from detectron2.utils import comm
 
 from avdet2.data import AVMapper, SelfBoxMapper
+from avdet2.data.clips import training_clips
 from avdet2.engine.defaults import resolve_epochs
 from avdet2.engine.hooks import SelfLabelHook
 from avdet2.evaluation.build import build_evaluator, results_file
-from avdet2.modeling.frozen import init_backbone
+from avdet2.evaluation.inference import ReadableLoader
+from avdet2.modeling.frozen import check_hand_over, init_backbone
 from avdet2.modeling.meta_arch import AVLocalizer
 
 logger = logging.getLogger(__name__)
@@ -70,11 +73,13 @@ class AVTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """
         As stock; a new detector may start from the localizer's visual encoder before
-        MODEL.WEIGHTS are loaded.
+        MODEL.WEIGHTS are loaded, and a localizer's MODEL.WEIGHTS must fit.
         """
-        node = self.cfg.MODEL.SELF_BOX
-        if node.INIT_BACKBONE and not (resume and self.checkpointer.has_checkpoint()):
-            init_backbone(unwrap(self._trainer.model).backbone, node.LOCALIZER_WEIGHTS)
+        if not (resume and self.checkpointer.has_checkpoint()):
+            node, model = self.cfg.MODEL.SELF_BOX, unwrap(self._trainer.model)
+            check_hand_over(model, self.cfg.MODEL.WEIGHTS)
+            if node.INIT_BACKBONE:
+                init_backbone(model.backbone, node.LOCALIZER_WEIGHTS)
         super().resume_or_load(resume)
 
     def build_hooks(self) -> list[HookBase]:
@@ -118,7 +123,8 @@ class AVTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
         """
-        The stock loader with the mapper that INPUT.MAPPER names.
+        The stock loader with the mapper that INPUT.MAPPER names; clips of several data sets are
+        numbered through, as the self-labels count them.
         """
         mappers = {
             "DatasetMapper": lambda: DatasetMapper(cfg, is_train=True),
@@ -129,16 +135,22 @@ class AVTrainer(DefaultTrainer):
             raise ValueError(
                 f"INPUT.MAPPER must be one of {sorted(mappers)}, not {cfg.INPUT.MAPPER!r}"
             )
-        return build_detection_train_loader(cfg, mapper=mappers[cfg.INPUT.MAPPER]())
+        mapper = mappers[cfg.INPUT.MAPPER]()
+        if cfg.INPUT.MAPPER == "DatasetMapper":
+            return build_detection_train_loader(cfg, mapper=mapper)
+        clips, _ = training_clips(cfg.DATASETS.TRAIN)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=clips)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader | ReadableLoader:
         """
         Whole frames with their sound for a localizer, the stock loader for everything else.
         """
-        if cfg.MODEL.META_ARCHITECTURE == "AVLocalizer":
-            return build_detection_test_loader(cfg, dataset_name, mapper=AVMapper(cfg, "full"))
-        return build_detection_test_loader(cfg, dataset_name)
+        if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer":
+            return build_detection_test_loader(cfg, dataset_name)
+        images = get_detection_dataset_dicts((dataset_name,), filter_empty=False)
+        mapper = AVMapper(cfg, "full")
+        return ReadableLoader(images, mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
 
     @classmethod
     def test(

@@ -25,25 +25,14 @@ from avdet2.evaluation.detection_metrics import (
     average_precisions,
     check_results,
     coco,
-    multi_object_rate,
     object_metrics,
     per_class,
     percent,
     precision_at,
     select_images,
-    silent_recall,
-    single_object_images,
 )
 
-__all__ = [
-    "SelfSupervisedDetectionEvaluator",
-    "average_precisions",
-    "map_clusters",
-    "multi_object_rate",
-    "select_images",
-    "silent_recall",
-    "single_object_images",
-]
+__all__ = ["SelfSupervisedDetectionEvaluator", "map_clusters"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +82,9 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
     * "bbox_agnostic": all classes are one (the rows marked * in Table 1). All detections take part,
       those of clusters without a class too; as all clusters now share a class, :func:`map_clusters`
       repeats the suppression across them.
-    * "bbox_objects", if the ground truth says which objects sound: :func:`silent_recall`,
-      :func:`multi_object_rate`, and AP50 on :func:`single_object_images`; keys that end in
-      "_agnostic" ignore the classes.
+    * "bbox_objects", if the ground truth says which objects sound: silent_recall,
+      multi_object_rate, and AP50 on single_object_images, all of
+      :mod:`avdet2.evaluation.detection_metrics`; keys that end in "_agnostic" ignore the classes.
 
     Files in `output_dir`, beside stock's: `cluster_instances_results.json` (COCO results whose
     category_id is the cluster) and `cluster_matching.json`.

@@ -89,16 +89,29 @@ def silent_recall(
         class_agnostic: the class of the detection need not be the object's.
 
     Returns:
-        "silent_recall" and "sounding_recall".
+        "silent_recall", "sounding_recall", and "unheard_recall": the recall of silent objects whose
+        class is not heard in their image. Of two objects of one class no sound tells which one it
+        comes from, so a self-box may well be on the silent one.
 
     Raises:
         ValueError: see :func:`average_precisions`.
     """
     annotations, found = _found_objects(coco_gt, results, score, iou, class_agnostic)
     sounding = np.array([annotation.get("sounding", -1) for annotation in annotations])
+    # _found_objects numbers the annotations from 1, and may have merged their classes.
+    originals = coco_gt.dataset["annotations"]
+    heard = {(ann["image_id"], ann["category_id"]) for ann in originals if ann.get("sounding") == 1}
+    has_twin = np.array(
+        [
+            (ann["image_id"], originals[ann["id"] - 1]["category_id"]) in heard
+            for ann in annotations
+        ],
+        bool,
+    )
     return {
         "silent_recall": percent(found[sounding == 0]),
         "sounding_recall": percent(found[sounding == 1]),
+        "unheard_recall": percent(found[(sounding == 0) & ~has_twin]),
     }
 
 

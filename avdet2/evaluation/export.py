@@ -32,11 +32,10 @@ class _FrameWriter(AVMapper):
 
     folder = ""
 
-    def read(self, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray] | None:
+    def read(self, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray]:
         sample = super().read(dataset_dict)
-        if sample is not None:
-            path = os.path.join(self.folder, frame_name(dataset_dict))
-            cv2.imwrite(path, sample[0][:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+        path = os.path.join(self.folder, frame_name(dataset_dict))
+        cv2.imwrite(path, sample[0][:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
         return sample
 
 
@@ -56,7 +55,7 @@ def export_self_boxes(
     Args:
         model: a trained localizer.
         cfg: its config.
-        clips: dataset dicts of registered clips.
+        clips: of :func:`avdet2.data.clips.training_clips`; the `sample_id` names the frames.
         output_dir: a folder; made where it does not exist.
 
     Returns:

@@ -19,6 +19,7 @@ COLUMNS = (
     ("AP*", "bbox_agnostic", "AP"),
     ("AP50* single", "bbox_objects", "AP50_single_agnostic"),
     ("silent*", "bbox_objects", "silent_recall_agnostic"),
+    ("unheard*", "bbox_objects", "unheard_recall_agnostic"),
     ("several*", "bbox_objects", "multi_object_rate_agnostic"),
     ("NMI", "clusters", "NMI"),
     ("accuracy", "clusters", "hungarian_accuracy"),
@@ -38,7 +39,7 @@ def results_table(*runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
     Returns:
         the table, in percent with one decimal; a star marks class-agnostic columns. "AP50* single"
         is over images with one object, "silent*" the recall of silent objects (score 0.3, IoU
-        0.5), "several*" the share of images with several objects in which two or more are found.
+        0.5), "unheard*" of those whose class is not heard in the image either, "several*" the share of images with several objects in which two or more are found.
     """
     lines = [["method"] + [heading for heading, _, _ in COLUMNS], ["---"] + ["---:"] * len(COLUMNS)]
     for name in dict.fromkeys(name for rows in runs for name in rows):

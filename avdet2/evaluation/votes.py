@@ -3,15 +3,16 @@
 Training clips vote for the names of clusters (for assessment only, after training).
 """
 
+import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -23,6 +24,9 @@ from avdet2.modeling.frozen import load_localizer
 from avdet2.modeling.meta_arch import AVLocalizer
 
 logger = logging.getLogger(__name__)
+
+# Of TEST.MATCHING.METHOD; "file" needs no votes.
+METHODS = ("hungarian", "argmax", "mshot")
 
 
 @dataclass
@@ -61,7 +65,10 @@ def collect_votes(model: AVLocalizer, cfg: CfgNode, clips: list[dict]) -> Cluste
     Args:
         model: a localizer with clustering heads.
         cfg: the localizer's config.
-        clips: dataset dicts.
+        clips: of :func:`avdet2.data.clips.training_clips`.
+
+    Raises:
+        ValueError: no clip can be read.
     """
     rows = []
     batches = predict_clips(
@@ -83,89 +90,138 @@ def collect_votes(model: AVLocalizer, cfg: CfgNode, clips: list[dict]) -> Cluste
 
 def frozen_votes(cfg: CfgNode, clips: list[dict]) -> ClusterVotes:
     """
-    Votes of the frozen localizer that taught a detector, kept in a file beside its weights.
+    Votes of the frozen localizer that taught a detector, kept in a file beside its weights where
+    that can be written.
 
     Args:
         cfg: the detector's config, with MODEL.SELF_BOX.LOCALIZER_CONFIG and LOCALIZER_WEIGHTS.
-        clips: dataset dicts of cfg.DATASETS.TRAIN.
+        clips: of :func:`avdet2.data.clips.training_clips` for cfg.DATASETS.TRAIN.
+
+    Raises:
+        ValueError: the localizer is not there.
     """
     node = cfg.MODEL.SELF_BOX
-    cache = f"{node.LOCALIZER_WEIGHTS}.votes-{'+'.join(cfg.DATASETS.TRAIN)}"
-    key = _state_of(node.LOCALIZER_WEIGHTS, clips)
-    if PathManager.isfile(cache):
-        with PathManager.open(cache, "rb") as f:
-            saved = torch.load(f, weights_only=True)
-        if saved.pop("key") == key:
-            return ClusterVotes(**saved)
-    model, localizer_cfg = load_localizer(
-        node.LOCALIZER_CONFIG, node.LOCALIZER_WEIGHTS, cfg.MODEL.DEVICE
-    )
+    if not PathManager.isfile(node.LOCALIZER_WEIGHTS):
+        raise ValueError(
+            f"MODEL.SELF_BOX.LOCALIZER_WEIGHTS {node.LOCALIZER_WEIGHTS!r} is not a file, but its "
+            "votes name the detector's clusters: give it, or TEST.MATCHING.METHOD file with the "
+            "cluster_matching.json of an evaluation"
+        )
+    weights = PathManager.get_local_path(node.LOCALIZER_WEIGHTS)
+    # Names of data sets hold slashes where they stand for a user's videos.
+    names = hashlib.sha256("\n".join(cfg.DATASETS.TRAIN).encode()).hexdigest()
+    cache, key = f"{weights}.votes-{names[:16]}", _state_of(weights, clips)
+    kept = _load(cache, key) if comm.is_main_process() else None
+    # All go the main process's way: the file may come into being between two processes' looks.
+    kept = comm.all_gather(kept)[0]
+    if kept is not None:
+        return kept
+    model, localizer_cfg = load_localizer(node.LOCALIZER_CONFIG, weights, cfg.MODEL.DEVICE)
     localizer_cfg.DATASETS.PREPARED = cfg.DATASETS.PREPARED
     localizer_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     votes = collect_votes(model, localizer_cfg, clips)
     if comm.is_main_process():
-        # Renamed when complete, so that a killed process leaves no half of a file.
-        torch.save({"key": key, **vars(votes)}, cache + ".part")
-        os.replace(cache + ".part", cache)
+        _save(votes, cache, key)
     return votes
+
+
+def _load(cache: str, key: str) -> ClusterVotes | None:
+    if not os.path.isfile(cache):
+        return None
+    saved = torch.load(cache, weights_only=True)
+    return ClusterVotes(**saved) if saved.pop("key") == key else None
+
+
+def _save(votes: ClusterVotes, cache: str, key: str) -> None:
+    try:
+        # Renamed when complete, so that a killed process leaves no half of a file.
+        with open(cache + ".part", "wb") as f:
+            torch.save({"key": key, **vars(votes)}, f)
+        os.replace(cache + ".part", cache)
+    except OSError as error:
+        logger.warning(f"the votes are not kept for the next evaluation: {error}")
 
 
 def _state_of(weights: str, clips: list[dict]) -> str:
     """
-    Names the weights and the clips that votes were made with.
+    Names the weights and the clips that votes are made with.
     """
-    stat = os.stat(PathManager.get_local_path(weights))
-    ends = (clips[0]["file_name"], clips[-1]["file_name"])
-    return f"{stat.st_size} {stat.st_mtime_ns} {len(clips)} {ends}"
+    stat, digest = os.stat(weights), hashlib.sha256()
+    for clip in clips:
+        place = [clip.get(key) for key in ("file_name", "start", "duration")]
+        digest.update(repr(place).encode("utf-8", "surrogateescape"))
+    return f"{stat.st_size} {stat.st_mtime_ns} {digest.hexdigest()}"
 
 
 def match_votes(
-    cfg: CfgNode, votes: ClusterVotes, clips: list[dict], class_names: list[str]
-) -> tuple[ClusterMatching, dict[str, float]]:
+    cfg: CfgNode,
+    votes: ClusterVotes,
+    clips: list[dict],
+    train_names: Sequence[str],
+    class_names: Sequence[str],
+) -> ClusterMatching | None:
     """
-    Give clusters the names of the test classes, and measure the clusters.
+    Give clusters the names of the test classes.
 
     Args:
-        cfg: TEST.MATCHING and DATASETS.TRAIN are read.
+        cfg: TEST.MATCHING is read.
         votes: of the training clips.
-        clips: dataset dicts, some of them with "label".
+        clips: of :func:`avdet2.data.clips.training_clips`, some of them with "label".
+        train_names: what the labels of the clips are called.
         class_names: of the test set; labels of other names do not vote.
 
     Returns:
-        tuple: the matching, and the cluster quality over the training clips.
+        The matching; None, with a warning, where no clip has a label of the test classes.
+
+    Raises:
+        ValueError: a METHOD that does not match by votes.
     """
-    train_names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).label_classes
-    labels = np.array([clips[i].get("label", -1) for i in votes.sample_ids.tolist()])
-    clusters, num_clusters = votes.clusters.numpy(), votes.logits_v.shape[1]
-    known = labels >= 0
-    quality = cluster_quality(clusters[known], labels[known], num_clusters, len(train_names))
     node = cfg.TEST.MATCHING
-    if node.METHOD == "file":
-        return ClusterMatching.from_json(node.FILE), quality
+    if node.METHOD not in METHODS:
+        raise ValueError(
+            f"TEST.MATCHING.METHOD must be one of {', '.join(METHODS)} or file, not "
+            f"{node.METHOD!r}; what else avdet2.evaluation.match_clusters can do is used by "
+            "writing its matching with to_json, and METHOD file"
+        )
     to_test = {name: i for i, name in enumerate(class_names)}
     # The last entry is for clips without a label, whose index is -1.
-    targets = np.array([to_test.get(name, -1) for name in train_names] + [-1])[labels]
+    targets = np.array([to_test.get(name, -1) for name in train_names] + [-1])
+    targets = targets[_labels_of(votes, clips)]
     known = targets >= 0
     if not known.any():
-        raise ValueError(
-            f"no training clip has a label of the test classes {class_names}; the training "
-            f"labels are {list(train_names)}"
+        logger.warning(
+            f"no training clip has a label of the test classes {list(class_names)}, but of "
+            f"{list(train_names)}: clusters get no names"
         )
-    matching = match_clusters(
-        clusters[known],
+        return None
+    return match_clusters(
+        votes.clusters.numpy()[known],
         targets[known],
-        num_clusters,
+        votes.logits_v.shape[1],
         len(class_names),
         method=node.METHOD,
         scores=votes.scores.numpy()[known],
         m=node.M,
         class_names=list(class_names),
     )
-    return matching, quality
 
 
-def training_clips(cfg: CfgNode) -> list[dict]:
+def vote_quality(
+    votes: ClusterVotes, clips: list[dict], train_names: Sequence[str]
+) -> dict[str, float]:
     """
-    Dataset dicts of cfg.DATASETS.TRAIN.
+    :func:`cluster_quality` over the labelled clips, whatever the test classes are.
+
+    Returns:
+        The metrics; none where no clip that votes has a label.
     """
-    return get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+    labels = _labels_of(votes, clips)
+    known = labels >= 0
+    if not known.any():
+        return {}
+    clusters, num_clusters = votes.clusters.numpy()[known], votes.logits_v.shape[1]
+    return cluster_quality(clusters, labels[known], num_clusters, len(train_names))
+
+
+def _labels_of(votes: ClusterVotes, clips: list[dict]) -> np.ndarray:
+    return np.array([clips[i].get("label", -1) for i in votes.sample_ids.tolist()])

@@ -5,11 +5,11 @@ The trained localizer as a frozen teacher.
 
 import torch
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from avdet2.config import add_avdet2_config
+from avdet2.config_file import load_cfg
 from avdet2.modeling.meta_arch import AVLocalizer
 
 
@@ -32,9 +32,7 @@ def load_localizer(
     """
     _check_file("LOCALIZER_CONFIG", config_file)
     _check_file("LOCALIZER_WEIGHTS", weights)
-    cfg = get_cfg()
-    add_avdet2_config(cfg)
-    cfg.merge_from_file(PathManager.get_local_path(config_file), allow_unsafe=False)
+    cfg = load_cfg(PathManager.get_local_path(config_file))
     cfg.MODEL.DEVICE = device
     if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer":
         raise ValueError(f"{config_file} is not the config of an AVLocalizer")
@@ -62,6 +60,43 @@ def load_model_state(weights: str) -> dict[str, torch.Tensor]:
     with PathManager.open(weights, "rb") as f:
         checkpoint = torch.load(f, map_location="cpu", weights_only=True)
     return checkpoint.get("model", checkpoint)
+
+
+def check_hand_over(model: torch.nn.Module, weights: str) -> None:
+    """
+    Refuse to start a localizer from the weights of a different one.
+
+    Detectron2's checkpointer only warns of tensors that do not fit, and would leave, for example,
+    another visual encoder at its random start. Clustering heads may be new, or of another K.
+
+    Args:
+        model: is checked if it is an AVLocalizer.
+        weights: path of a checkpoint; is checked if it holds an AVLocalizer, as a .pth file.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape.
+    """
+    if not isinstance(model, AVLocalizer) or not weights.endswith(".pth"):
+        return
+    found, wanted = _shapes(load_model_state(weights)), _shapes(model.state_dict())
+    if not any(key.startswith("loc_v.") for key in found):
+        return
+    wrong = sorted(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
+    if wrong:
+        raise ValueError(
+            f"MODEL.WEIGHTS {weights} is a localizer of another shape: {len(wrong)} tensors do not "
+            f"fit, {', '.join(wrong[:3])}, ... Start from a stage with the same encoders and "
+            "MODEL.LOCALIZER sizes, or set MODEL.WEIGHTS ''"
+        )
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    # Frozen batch norm does not count batches.
+    return {
+        key: value.shape
+        for key, value in state.items()
+        if not key.startswith(("cls_v.", "cls_a.")) and not key.endswith("num_batches_tracked")
+    }
 
 
 def init_backbone(backbone: torch.nn.Module, weights: str) -> None:

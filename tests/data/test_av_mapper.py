@@ -2,10 +2,12 @@
 import logging
 import wave
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from detectron2.config import get_cfg
 
@@ -51,7 +53,7 @@ def _clip(start: float = 2.0, duration: float = 10.0, name: str = "a.mp4") -> di
 def _mapper(crop: str = "random", **changes) -> AVMapper:
     arguments = {
         "crop": crop,
-        "sampler": ClipSampler(FakeReader(), 1.0, random_time=crop == "random"),
+        "sampler": ClipSampler(FakeReader(), 1.0, training=crop == "random"),
         "frame_size": 64,
         "crop_size": 56,
         "flip": True,
@@ -63,11 +65,11 @@ def _mapper(crop: str = "random", **changes) -> AVMapper:
 
 
 def test_moments_of_a_clip():
-    middle = ClipSampler(FakeReader(), 1.0, random_time=False)
+    middle = ClipSampler(FakeReader(), 1.0, training=False)
     assert middle.moment(_clip(2.0, 10.0)) == 7.0
     assert middle.moment(_clip(2.0, 0.6)) == pytest.approx(2.3)
     np.random.seed(0)
-    moments = ClipSampler(FakeReader(), 1.0, random_time=True)
+    moments = ClipSampler(FakeReader(), 1.0, training=True)
     times = np.array([moments.moment(_clip(2.0, 10.0)) for _ in range(3000)])
     # The second around a moment lies in [2, 12], and every part of it is reached.
     assert 2.5 <= times.min() < 2.52 and 11.48 < times.max() <= 11.5
@@ -180,6 +182,46 @@ def test_nothing_but_bad_clips_is_an_error():
         mapper(_clip())
 
 
+@pytest.mark.parametrize("crop", ["center", "full"])
+def test_outside_training_the_caller_decides_about_bad_clips(crop, caplog):
+    mapper = _mapper(crop)
+    mapper.sampler.reader.broken = True
+    # No limit: a lost folder is for the caller to count.
+    for _ in range(150):
+        with pytest.raises(MediaError, match="a.mp4: file not found"):
+            mapper(_clip())
+    assert not caplog.records
+
+
+class _ThreadCounter(Dataset):
+    """
+    OpenCV's threads before and after a sample was read.
+    """
+
+    def __init__(self, mapper: AVMapper) -> None:
+        self.mapper = mapper
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        cv2.setNumThreads(3)
+        before = cv2.getNumThreads()
+        self.mapper(_clip())
+        return before, cv2.getNumThreads()
+
+
+def test_opencv_has_no_threads_in_a_worker():
+    threads = cv2.getNumThreads()
+    try:
+        (counts,) = DataLoader(_ThreadCounter(_mapper()), num_workers=1, collate_fn=list)
+        assert counts == [(3, 1)]
+        # The main process keeps its own.
+        assert _ThreadCounter(_mapper())[0] == (3, 3)
+    finally:
+        cv2.setNumThreads(threads)
+
+
 @pytest.fixture
 def test_image(tmp_path) -> dict:
     """
@@ -221,6 +263,12 @@ def test_an_image_with_paired_sound(test_image):
     np.testing.assert_allclose(output["waveform"].numpy(), expected, atol=1)
 
 
+def test_sound_that_cannot_be_read(test_image, tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"no sound")
+    with pytest.raises(MediaError, match="a.wav"):
+        _mapper("full")(test_image)
+
+
 def test_an_image_without_sound_is_refused(test_image):
     del test_image["audio_file"]
     with pytest.raises(ValueError, match="a.png has no sound"):
@@ -232,7 +280,7 @@ def test_a_mapper_of_a_config():
     add_avdet2_config(cfg)
     mapper = AVMapper(cfg)
     assert (mapper.crop, mapper.frame_size, mapper.crop_size) == ("random", 256, 224)
-    assert mapper.sampler.random_time and mapper.flip
+    assert mapper.sampler.training and mapper.flip
     assert mapper.image_format == "BGR"
     assert mapper.sampler.audio_seconds == 1.0
     reader = mapper.sampler.reader
@@ -240,7 +288,7 @@ def test_a_mapper_of_a_config():
     cfg.INPUT.RANDOM_FLIP, cfg.INPUT.FORMAT = "none", "RGB"
     cfg.INPUT.AV.AUDIO_SECONDS, cfg.INPUT.AV.SAMPLE_RATE = 2.0, 16000
     mapper = AVMapper(cfg, "center")
-    assert not mapper.flip and not mapper.sampler.random_time
+    assert not mapper.flip and not mapper.sampler.training
     assert mapper.image_format == "RGB"
     reader = mapper.sampler.reader
     assert (reader.duration, reader.sample_rate) == (2.0, 16000)

@@ -21,6 +21,7 @@ from avdet2.data.clips import (
     read_clip_list,
     register_av_clips,
     scan_clips,
+    training_clips,
 )
 
 
@@ -166,6 +167,60 @@ def test_registered_list(videos: Path, tmp_path: Path) -> None:
     register_av_clips("clips_wrong", str(source), str(videos), classes=["bee"])
     with pytest.raises(ValueError, match="label 'owl' is not among the classes"):
         DatasetCatalog.get("clips_wrong")
+
+
+@pytest.fixture
+def two_sets():
+    """
+    Two data sets that both count from 0, with other class names; one of the clips has no label.
+    """
+    clips = [
+        [{"file_name": f"{s}{i}", "sample_id": i, "image_id": i, "label": i} for i in range(3)]
+        for s in "ab"
+    ]
+    del clips[1][2]["label"]
+    for s, names, found in zip("ab", (["owl", "cat", "ant"], ["bee", "cat"]), clips):
+        # The dicts are the caller's own, as some data sets return them.
+        DatasetCatalog.register(f"clips_{s}", lambda found=found: found)
+        MetadataCatalog.get(f"clips_{s}").label_classes = names
+    yield clips
+    for s in "ab":
+        DatasetCatalog.remove(f"clips_{s}")
+        MetadataCatalog.remove(f"clips_{s}")
+
+
+def test_several_sets_as_one(two_sets) -> None:
+    before = json.dumps(two_sets)
+    clips, names = training_clips(("clips_a", "clips_b"))
+    assert names == ["owl", "cat", "ant", "bee"]
+    assert [clip["file_name"] for clip in clips] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert [(c["sample_id"], c["image_id"]) for c in clips] == [(i, i) for i in range(6)]
+    assert [clip.get("label") for clip in clips] == [0, 1, 2, 3, 1, None]
+    # Asked for again, also in another order, it starts from the same.
+    clips, names = training_clips(("clips_b", "clips_a"))
+    assert names == ["bee", "cat", "owl", "ant"]
+    assert [clip.get("label") for clip in clips] == [0, 1, None, 2, 1, 3]
+    assert json.dumps(two_sets) == before
+
+
+def test_one_set_stays_as_it_is(two_sets) -> None:
+    clips, names = training_clips(("clips_a",))
+    assert clips == two_sets[0] and names == ["owl", "cat", "ant"]
+
+
+def test_sets_that_cannot_be_one(two_sets) -> None:
+    with pytest.raises(ValueError, match="set DATASETS.VIDEOS or DATASETS.TRAIN"):
+        training_clips(())
+    two_sets[1][0]["label"] = 2
+    with pytest.raises(ValueError, match="clips_b has the label 2, but the `label_classes`.*are 2"):
+        training_clips(("clips_a", "clips_b"))
+    # Without a check, it would stand for the last name.
+    two_sets[1][0]["label"] = -1
+    with pytest.raises(ValueError, match="clips_b has the label -1"):
+        training_clips(("clips_b",))
+    two_sets[0].clear()
+    with pytest.raises(ValueError, match="clips_a has no clips"):
+        training_clips(("clips_a",))
 
 
 def test_nothing_usable(videos: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def _mapper(**changes) -> SelfBoxMapper:
         "beta": (0.7, 0.9),
         "multi": False,
         "labels": "none",
-        "num_classes": 3,
+        "num_classes": 1,
     }
     return SelfBoxMapper(**{**arguments, **changes})
 
@@ -182,21 +182,22 @@ def test_beta_is_drawn_from_its_range(world, monkeypatch):
 
 def test_labels(world):
     assert _mapper(labels="none")(_clip())["instances"].gt_classes.tolist() == [0]
-    assert _mapper(labels="self")(_clip())["instances"].gt_classes.tolist() == [1]
-    classes = _mapper(labels="video")(_clip(label=2))["instances"].gt_classes
+    mapper = _mapper(labels="self", num_classes=3)
+    assert mapper(_clip())["instances"].gt_classes.tolist() == [1]
+    classes = _mapper(labels="video", num_classes=3)(_clip(label=2))["instances"].gt_classes
     assert classes.tolist() == [2] and classes.dtype == torch.int64
 
 
 def test_labels_that_cannot_be(world):
     with pytest.raises(ValueError, match="a.mp4 has the label -1.*3 classes"):
-        _mapper(labels="video")(_clip())
+        _mapper(labels="video", num_classes=3)(_clip())
     with pytest.raises(ValueError, match="label 3"):
-        _mapper(labels="video")(_clip(label=3))
+        _mapper(labels="video", num_classes=3)(_clip(label=3))
     with pytest.raises(ValueError, match="NUM_CLASSES is 4.*3 clusters"):
         _mapper(labels="self", num_classes=4)(_clip())
     world.localizer = FakeLocalizer(num_clusters=0)
     with pytest.raises(ValueError, match="no clustering heads"):
-        _mapper(labels="self")(_clip())
+        _mapper(labels="self", num_classes=3)(_clip())
     # Boxes need no clusters.
     assert _mapper(labels="none", num_classes=1)(_clip()) is not None
     assert _mapper(labels="video", num_classes=9)(_clip(label=8)) is not None
@@ -273,6 +274,10 @@ def test_a_mapper_of_a_config():
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="truth"):
         _mapper(labels="truth")
+    # The class-agnostic warm-up has one class.
+    for num_classes in (0, 20):
+        with pytest.raises(ValueError, match=f"NUM_CLASSES is {num_classes}: set it to 1"):
+            _mapper(labels="none", num_classes=num_classes)
     for beta in ((0.9, 0.7), (-0.1, 0.5), (0.5, 1.0)):
         with pytest.raises(ValueError, match="BETA"):
             _mapper(beta=beta)

@@ -71,6 +71,16 @@ def test_warm_up_in_epochs(register):
     assert (resolved.SOLVER.MAX_ITER, resolved.SOLVER.WARMUP_ITERS) == (77, 75)
 
 
+def test_what_epochs_replace_is_said(register, caplog):
+    cfg = _cfg(IMS_PER_BATCH=10, MAX_EPOCH=3.0)
+    cfg.DATASETS.TRAIN = (register(1000),)
+    with caplog.at_level(logging.INFO, "avdet2"):
+        resolve_epochs(cfg)
+    assert "3 epochs of 1000 clips are 300 iterations" in caplog.text
+    assert "SOLVER.MAX_ITER 77 is not used" in caplog.text
+    assert "WARMUP_ITERS" not in caplog.text
+
+
 def test_without_epochs_the_config_stays():
     # There is no such data set: it is not read.
     cfg = _cfg()
@@ -113,6 +123,47 @@ def test_a_key_without_a_value():
         load_cfg("", ["SEED", "1", "OUTPUT_DIR"])
 
 
+def test_a_folder_whose_name_is_a_number():
+    with pytest.raises(ValueError, match="DATASETS.VIDEOS.*write ./2023"):
+        load_cfg("", ["DATASETS.VIDEOS", "2023"])
+    assert load_cfg("", ["DATASETS.VIDEOS", "./2023"]).DATASETS.VIDEOS == "./2023"
+    with pytest.raises(ValueError, match="SEED") as error:
+        load_cfg("", ["SEED", "one"])
+    assert "2023" not in str(error.value)
+
+
+def _dump(path, change) -> str:
+    """
+    Write a run's config.yaml after a change of its dict.
+    """
+    content = yaml.safe_load(_cfg(IMS_PER_BATCH=5).dump())
+    change(content)
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_a_run_of_another_detectron2(tmp_path, caplog):
+    def newer(content):
+        content["SOLVER"]["NEW_KEY"] = 3
+        content["MODEL"]["NEW_NODE"] = {"A": 1, "B": {"C": 2}}
+        # A list where this version has a tuple.
+        content["DATASETS"]["TRAIN"] = ["some_set"]
+
+    with caplog.at_level(logging.WARNING, "avdet2"):
+        cfg = load_cfg(_dump(tmp_path / "config.yaml", newer), ["SEED", "4"])
+    assert "left out MODEL.NEW_NODE.A, MODEL.NEW_NODE.B.C, SOLVER.NEW_KEY" in caplog.text
+    assert "NEW_KEY" not in cfg.SOLVER and "NEW_NODE" not in cfg.MODEL
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.DATASETS.TRAIN, cfg.SEED) == (5, ("some_set",), 4)
+
+
+def test_a_misspelt_key_in_an_edited_dump(tmp_path):
+    def misspell(content):
+        content["SOLVER"]["BASE_LRR"] = content["SOLVER"].pop("BASE_LR")
+
+    with pytest.raises(KeyError, match="BASE_LRR"):
+        load_cfg(_dump(tmp_path / "config.yaml", misspell))
+
+
 def test_nothing_in_a_config_is_executed(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
@@ -121,11 +172,24 @@ def test_nothing_in_a_config_is_executed(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_own_videos_become_the_training_set(tmp_path):
+@pytest.fixture
+def unregister():
+    """
+    Removes the data sets of own videos again.
+    """
+    yield
+    for name in DatasetCatalog.list():
+        if name.startswith("videos:"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def test_own_videos_become_the_training_set(tmp_path, unregister, monkeypatch):
     cfg = _cfg()
     use_own_videos(cfg)
     assert cfg.DATASETS.TRAIN == ()
-    cfg.DATASETS.VIDEOS = str(tmp_path / "videos")
+    monkeypatch.chdir(tmp_path)
+    cfg.DATASETS.VIDEOS = "videos"
     cfg.OUTPUT_DIR = str(tmp_path / "run" / "stage")
     with pytest.raises(ValueError, match="DATASETS.VIDEOS.*videos' does not exist"):
         use_own_videos(cfg)
@@ -133,13 +197,35 @@ def test_own_videos_become_the_training_set(tmp_path):
     use_own_videos(cfg)
     (name,) = cfg.DATASETS.TRAIN
     assert name in DatasetCatalog.list()
+    # config.yaml can be used in another folder.
+    assert cfg.DATASETS.VIDEOS == str(tmp_path / "videos")
     # The stages of a pipeline, in one process, share it.
     use_own_videos(cfg)
     assert cfg.DATASETS.TRAIN == (name,)
     with pytest.raises(ValueError, match="no usable clip"):
         DatasetCatalog.get(name)
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
+
+
+def test_where_the_index_of_own_videos_is(tmp_path, unregister, monkeypatch):
+    indices = {}
+    monkeypatch.setattr(
+        "avdet2.engine.defaults.register_av_clips",
+        lambda name, source, clip_seconds, index: indices.update({source: index}),
+    )
+    sources = [tmp_path / "one", tmp_path / "two", tmp_path / "list.csv"]
+    for source in sources:
+        source.touch() if source.suffix else source.mkdir()
+        cfg = _cfg()
+        cfg.DATASETS.VIDEOS, cfg.OUTPUT_DIR = str(source), str(tmp_path / "run" / "stage")
+        use_own_videos(cfg)
+    one, two, of_list = (indices[str(source)] for source in sources)
+    # Side by side in the pipeline's folder; a list's is where the list is.
+    assert one != two and of_list is None
+    assert one.startswith(str(tmp_path / "run" / "clip_index-")) and one.endswith(".npz")
+    # Another tool, with another OUTPUT_DIR, looks into the run that it reads.
+    cfg.DATASETS.VIDEOS, cfg.OUTPUT_DIR = str(sources[0]), "self_boxes"
+    use_own_videos(cfg, str(tmp_path / "run" / "stage"))
+    assert indices[str(sources[0])] == one
 
 
 @pytest.fixture
@@ -156,17 +242,44 @@ def loggers():
         logger.propagate = True
 
 
-def test_setup_of_a_run(tmp_path, loggers):
+def _setup(*opts):
+    return setup(default_argument_parser().parse_args([*map(str, opts)]))
+
+
+def test_setup_of_a_run(tmp_path, loggers, unregister, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "videos").mkdir()
     output = tmp_path / "run" / "stage"
-    opts = ["OUTPUT_DIR", str(output), "DATASETS.VIDEOS", str(tmp_path / "videos"), "SEED", "3"]
-    cfg = setup(default_argument_parser().parse_args(opts))
+    opts = ["OUTPUT_DIR", output, "DATASETS.VIDEOS", tmp_path / "videos", "SEED", "3"]
+    with pytest.raises(ValueError, match="no CUDA device.*MODEL.DEVICE cpu"):
+        _setup(*opts)
+    cfg = _setup(*opts, "MODEL.DEVICE", "cpu")
     assert cfg.is_frozen()
-    (name,) = cfg.DATASETS.TRAIN
     logging.getLogger("avdet2.engine").warning("a line of ours")
     assert "a line of ours" in (output / "log.txt").read_text()
     # What is written can be read again, and is the same but for tuples within tuples.
     again = load_cfg(str(output / "config.yaml"))
     assert json.dumps(again) == json.dumps(cfg)
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
+
+
+def test_setup_without_training_clips(tmp_path, loggers):
+    opts = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path]
+    with pytest.raises(ValueError, match="set DATASETS.VIDEOS .* or DATASETS.TRAIN"):
+        _setup(*opts)
+    # Evaluation can do without.
+    assert _setup("--eval-only", *opts).DATASETS.TRAIN == ()
+
+
+def test_a_run_s_config_keeps_its_index(tmp_path, loggers, unregister, monkeypatch):
+    folders = []
+    monkeypatch.setattr(
+        "avdet2.engine.defaults.use_own_videos", lambda cfg, folder: folders.append(folder)
+    )
+    (tmp_path / "run" / "stage").mkdir(parents=True)
+    config = tmp_path / "run" / "stage" / "config.yaml"
+    config.write_text("MODEL:\n  DEVICE: cpu\n")
+    opts = ["OUTPUT_DIR", tmp_path / "out"]
+    _setup("--eval-only", "--config-file", config, *opts)
+    config = config.rename(tmp_path / "mine.yaml")
+    _setup("--eval-only", "--config-file", config, *opts)
+    assert folders == [str(tmp_path / "run" / "stage"), str(tmp_path / "out")]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 
 from avdet2.config import add_avdet2_config
@@ -66,6 +66,7 @@ def world(monkeypatch):
         {"file_name": f"{i}.mp4", "sample_id": i, "label": int(truth[i])} for i in range(CLIPS)
     ]
     DatasetCatalog.register("hook_clips", lambda: clips)
+    MetadataCatalog.get("hook_clips").label_classes = ["ant", "bee", "cow"]
     generator = torch.Generator().manual_seed(0)
     world = SimpleNamespace(
         truth=truth,
@@ -96,12 +97,13 @@ def world(monkeypatch):
     monkeypatch.setattr(hooks, "predict_clips", predict)
     yield world
     DatasetCatalog.remove("hook_clips")
+    MetadataCatalog.remove("hook_clips")
 
 
-def _hook(max_iter: int = 100, **self_label_keys) -> SelfLabelHook:
+def _hook(max_iter: int = 100, datasets=("hook_clips",), **self_label_keys) -> SelfLabelHook:
     cfg = get_cfg()
     add_avdet2_config(cfg)
-    cfg.DATASETS.TRAIN = ("hook_clips",)
+    cfg.DATASETS.TRAIN = datasets
     cfg.MODEL.LOCALIZER.NUM_CLUSTERS = CLUSTERS
     cfg.MODEL.LOCALIZER.EMBED_DIM = 8
     node = cfg.MODEL.LOCALIZER.SELF_LABEL
@@ -123,6 +125,7 @@ def test_labels_before_the_first_iteration(world):
     assert torch.equal(labels, expected)
     scalars = {key: value for key, (value, _) in hook.trainer.storage.latest().items()}
     assert scalars["self_label/used"] == CLUSTERS
+    assert scalars["self_label/eq6_agreement"] == 1
     # 8, 8 and 7 clips.
     assert scalars["self_label/min_over_target"] == pytest.approx(7 * 3 / 23)
     assert scalars["self_label/max_over_target"] == pytest.approx(8 * 3 / 23)
@@ -136,6 +139,20 @@ def test_clusters_have_equal_sizes_where_argmax_would_collapse(world):
     hook.before_train()
     counts = torch.bincount(hook._model.labels[hook._model.labels >= 0], minlength=CLUSTERS)
     assert sorted(counts.tolist()) == [7, 8, 8]
+
+
+def test_several_data_sets_are_labelled_as_one(world):
+    # The second set's clips count from 0 again.
+    hook = _hook(datasets=("hook_clips", "hook_clips"))
+    world.logits = world.logits.repeat(2, 1)
+    world.logits[CLIPS:] = 4 * nn.functional.one_hot(world.truth).float()
+    world.audio = world.audio.repeat(2, 1)
+    hook.before_train()
+    labels = hook._model.labels
+    assert labels.shape == (2 * CLIPS,)
+    expected = torch.cat([(world.truth + 1) % CLUSTERS, world.truth])
+    expected[UNREADABLE] = -1
+    assert torch.equal(labels, expected)
 
 
 def test_updates_follow_the_schedule(world):

@@ -3,6 +3,7 @@
 Tests of the trainer on a tiny synthetic benchmark: labels, optimizer and resuming.
 """
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -152,6 +153,30 @@ def test_localizer_without_clusters_has_no_label_hook(tiny_av, tmp_path):
 def test_unknown_choices_are_named(tiny_av, tmp_path, key, value):
     with pytest.raises(ValueError, match=f"{key} must be .*{value}"):
         AVTrainer(make_cfg(tiny_av, tmp_path, key, value))
+
+
+def test_clips_of_several_data_sets_keep_labels_of_their_own(tiny_av, tmp_path):
+    sets = f"('{tiny_av}_train','{tiny_av}_train')"
+    cfg = make_cfg(tiny_av, tmp_path, "DATASETS.TRAIN", sets, "SOLVER.IMS_PER_BATCH", "16")
+    seen = {}
+    for batch in itertools.islice(AVTrainer.build_train_loader(cfg), 6):
+        seen.update({sample["sample_id"]: sample["file_name"] for sample in batch})
+    assert set(seen) == set(range(48))
+    assert all(seen[i] == seen[i + 24] for i in range(24))
+
+
+def test_a_test_image_without_usable_sound_is_left_out(tiny_av, tmp_path):
+    name = f"{tiny_av}_one_is_lost"
+    images = DatasetCatalog.get(f"{tiny_av}_test")
+    images[2]["audio_file"] = str(tmp_path / "lost.mp4")
+    DatasetCatalog.register(name, lambda: images)
+    try:
+        batches = list(AVTrainer.build_test_loader(make_cfg(tiny_av, tmp_path), name))
+    finally:
+        DatasetCatalog.remove(name)
+    assert [len(batch) for batch in batches] == [1, 1, 0, 1, 1, 1]
+    ids = [sample["image_id"] for batch in batches for sample in batch]
+    assert ids == [image["image_id"] for i, image in enumerate(images) if i != 2]
 
 
 def test_kmeans_is_an_option_for_the_first_labels(tiny_av, tmp_path):

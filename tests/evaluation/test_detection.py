@@ -168,10 +168,12 @@ def test_clusters_become_classes(test_set, tmp_path):
         {
             "silent_recall": 100,
             "sounding_recall": 200 / 3,
+            "unheard_recall": 100,
             "multi_object_rate": 50,
             "AP50_single": 100,
             "silent_recall_agnostic": 100,
             "sounding_recall_agnostic": 100,
+            "unheard_recall_agnostic": 100,
             "multi_object_rate_agnostic": 100,
             "AP50_single_agnostic": 100,
         }

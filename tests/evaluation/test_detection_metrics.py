@@ -223,16 +223,26 @@ def test_silent_recall_by_hand():
         _detection(3, 1, A, 0.3),
     ]
     assert silent_recall(api, results) == pytest.approx(
-        {"silent_recall": 100 / 3, "sounding_recall": 50}
+        {"silent_recall": 100 / 3, "sounding_recall": 50, "unheard_recall": 100 / 3}
     )
     assert silent_recall(api, results, class_agnostic=True) == pytest.approx(
-        {"silent_recall": 200 / 3, "sounding_recall": 50}
+        {"silent_recall": 200 / 3, "sounding_recall": 50, "unheard_recall": 200 / 3}
     )
     assert silent_recall(api, results, score=0.2, iou=0.4) == pytest.approx(
-        {"silent_recall": 200 / 3, "sounding_recall": 100}
+        {"silent_recall": 200 / 3, "sounding_recall": 100, "unheard_recall": 200 / 3}
     )
-    assert silent_recall(api, []) == {"silent_recall": 0, "sounding_recall": 0}
+    assert set(silent_recall(api, []).values()) == {0}
     assert math.isnan(silent_recall(_truth([(1, 1, A)]), [])["silent_recall"])
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_a_silent_twin_of_the_sounding_object_is_not_unheard(class_agnostic):
+    api = _truth([(1, 1, A), (1, 1, B), (1, 2, C), (2, 1, A)], sounding=[1, 0, 0, 0])
+    # Found: the twin in image 1, and class 1 in image 2, where nothing is heard.
+    found = [_detection(1, 1, B), _detection(2, 1, A)]
+    recalls = silent_recall(api, found, class_agnostic=class_agnostic)
+    assert recalls["silent_recall"] == pytest.approx(200 / 3)
+    assert recalls["unheard_recall"] == 50
 
 
 def test_one_detection_finds_one_object():

@@ -15,16 +15,16 @@ def test_rows_in_order_with_one_decimal_and_dashes_for_what_is_absent():
         },
     }
     assert results_table(rows).splitlines() == [
-        "| method | AP30 | AP50 | AP | AP30* | AP50* | AP* | AP50* single | silent* | several* "
+        "| method | AP30 | AP50 | AP | AP30* | AP50* | AP* | AP50* single | silent* | unheard* | several* "
         "| NMI | accuracy |",
-        "| --- |" + " ---: |" * 11,
-        "| center box | - | - | - | 29.6 | 5.5 | 1.5 | - | - | - | - | - |",
-        "| ours | 52.3 | 39.4 | - | 100.0 | 0.0 | - | - | 47.6 | - | 87.6 | 90.0 |",
+        "| --- |" + " ---: |" * 12,
+        "| center box | - | - | - | 29.6 | 5.5 | 1.5 | - | - | - | - | - | - |",
+        "| ours | 52.3 | 39.4 | - | 100.0 | 0.0 | - | - | 47.6 | - | - | 87.6 | 90.0 |",
     ]
 
 
 def test_a_bar_in_a_name_does_not_end_the_cell():
-    assert results_table({"a|b": {}}).splitlines()[-1] == "| a\\|b |" + " - |" * 11
+    assert results_table({"a|b": {}}).splitlines()[-1] == "| a\\|b |" + " - |" * 12
 
 
 def test_no_rows_is_a_heading():

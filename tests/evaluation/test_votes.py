@@ -6,22 +6,17 @@ Tests of how training clips vote for the names of clusters.
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.engine import load_cfg
 from avdet2.evaluation import votes as votes_module
-from avdet2.evaluation.votes import ClusterVotes, frozen_votes, match_votes
+from avdet2.evaluation.votes import ClusterVotes, frozen_votes, match_votes, vote_quality
 
-NAME = "made_up_clips_that_vote"
 TRAIN_CLASSES = ["cat", "dog", "horn"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cfg():
-    if NAME not in DatasetCatalog.list():
-        DatasetCatalog.register(NAME, list)
-        MetadataCatalog.get(NAME).label_classes = TRAIN_CLASSES
-    return load_cfg("", ["DATASETS.TRAIN", f"('{NAME}',)"])
+    return load_cfg("", ["DATASETS.TRAIN", "('made_up_clips_that_vote',)"])
 
 
 def make_votes(clusters, num_clusters=3, seed=0):
@@ -51,45 +46,46 @@ def test_classes_are_matched_by_name(cfg):
     clusters = [1, 1, 2, 2, 0, 0]
     # The test set counts its classes in another order, and has one that training lacks.
     names = ["horn", "tuba", "cat", "dog"]
-    matching, quality = match_votes(cfg, make_votes(clusters), clips_of(labels), names)
+    votes, clips = make_votes(clusters), clips_of(labels)
+    matching = match_votes(cfg, votes, clips, TRAIN_CLASSES, names)
     assert list(matching.mapping) == [0, 2, 3]
     assert matching.class_names == names
-    assert quality["NMI"] == pytest.approx(1.0)
+    assert vote_quality(votes, clips, TRAIN_CLASSES)["NMI"] == pytest.approx(1.0)
 
 
 def test_clips_without_a_label_or_of_other_classes_do_not_vote(cfg):
     # Cluster 0 holds more dogs than cats, but dogs are no test class.
-    labels = [1, 1, 1, 0, None, 2, 2]
-    clusters = [0, 0, 0, 0, 1, 1, 1]
-    matching, quality = match_votes(cfg, make_votes(clusters), clips_of(labels), ["cat", "horn"])
+    votes = make_votes([0, 0, 0, 0, 1, 1, 1])
+    clips = clips_of([1, 1, 1, 0, None, 2, 2])
+    matching = match_votes(cfg, votes, clips, TRAIN_CLASSES, ["cat", "horn"])
     assert list(matching.mapping) == [0, 1, -1]
     assert matching.counts.sum() == 3
     # All six labelled clips count for the quality: 3 dogs and 2 horns match.
+    quality = vote_quality(votes, clips, TRAIN_CLASSES)
     assert quality["hungarian_accuracy"] == pytest.approx(5 / 6)
 
 
-def test_no_common_class_is_an_error(cfg):
-    with pytest.raises(ValueError, match="no training clip has a label"):
-        match_votes(cfg, make_votes([0, 1]), clips_of([0, 1]), ["tuba"])
+def test_no_common_class_gives_no_names(cfg, caplog):
+    clips = clips_of([0, 1])
+    assert match_votes(cfg, make_votes([0, 1]), clips, TRAIN_CLASSES, ["tuba"]) is None
+    assert "label of the test classes ['tuba'], but of ['cat', 'dog', 'horn']" in caplog.text
+    assert vote_quality(make_votes([0, 1]), clips_of([None, None]), TRAIN_CLASSES) == {}
 
 
-def test_a_saved_matching_is_used_again(cfg, tmp_path):
-    clusters, labels, names = [1, 1, 2, 2, 0, 0], [0, 0, 1, 1, 2, 2], TRAIN_CLASSES
-    matching, _ = match_votes(cfg, make_votes(clusters), clips_of(labels), names)
-    path = str(tmp_path / "cluster_matching.json")
-    matching.to_json(path)
-    again = cfg.clone()
-    again.merge_from_list(["TEST.MATCHING.METHOD", "file", "TEST.MATCHING.FILE", path])
-    # These votes would give another matching.
-    other, _ = match_votes(again, make_votes([0, 0, 1, 1, 2, 2]), clips_of(labels), names)
-    assert list(other.mapping) == list(matching.mapping) == [2, 0, 1]
+@pytest.mark.parametrize("method", ["manual", "best"])
+def test_methods_that_a_config_cannot_ask_for(cfg, method):
+    cfg.TEST.MATCHING.METHOD = method
+    with pytest.raises(ValueError, match=f"hungarian, argmax, mshot or file, not '{method}'"):
+        match_votes(cfg, make_votes([0, 1]), clips_of([0, 1]), TRAIN_CLASSES, TRAIN_CLASSES)
 
 
-def test_votes_of_a_frozen_localizer_are_kept_until_its_weights_change(cfg, tmp_path, monkeypatch):
-    weights = tmp_path / "model_final.pth"
-    weights.write_bytes(b"one")
-    cfg = cfg.clone()
-    cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS = str(weights)
+@pytest.fixture
+def frozen(cfg, tmp_path, monkeypatch):
+    """
+    A detector's config and the list of the localizer's passes; each gives other votes.
+    """
+    cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS = str(tmp_path / "model_final.pth")
+    (tmp_path / "model_final.pth").write_bytes(b"one")
     calls = []
 
     def collect(model, localizer_cfg, clips):
@@ -98,11 +94,49 @@ def test_votes_of_a_frozen_localizer_are_kept_until_its_weights_change(cfg, tmp_
 
     monkeypatch.setattr(votes_module, "collect_votes", collect)
     monkeypatch.setattr(votes_module, "load_localizer", lambda *args: (None, cfg.clone()))
-    clips = [{"file_name": f"{i}.mp4"} for i in range(3)]
-    first, second = frozen_votes(cfg, clips), frozen_votes(cfg, clips)
+    return cfg, calls
+
+
+CLIPS = [{"file_name": f"{i}.mp4", "start": 0.0, "duration": 1.0} for i in range(3)]
+
+
+def test_votes_of_a_frozen_localizer_are_kept_until_something_changes(frozen, tmp_path):
+    cfg, calls = frozen
+    first, second = frozen_votes(cfg, CLIPS), frozen_votes(cfg, CLIPS)
     assert calls == [3]
     assert torch.equal(first.logits_v, second.logits_v)
-    weights.write_bytes(b"another")
-    third = frozen_votes(cfg, clips)
+    (tmp_path / "model_final.pth").write_bytes(b"another")
+    third = frozen_votes(cfg, CLIPS)
     assert calls == [3, 3]
     assert not torch.equal(first.logits_v, third.logits_v)
+    # Another clip between the same ends.
+    frozen_votes(cfg, [CLIPS[0], {**CLIPS[1], "start": 5.0}, CLIPS[2]])
+    assert calls == [3, 3, 3]
+
+
+def test_votes_for_a_user_s_videos_are_kept_too(frozen, tmp_path):
+    cfg, calls = frozen
+    cfg.DATASETS.TRAIN = ("videos:/somewhere/else/clips.csv",)
+    frozen_votes(cfg, CLIPS)
+    frozen_votes(cfg, CLIPS)
+    assert calls == [3]
+    cfg.DATASETS.TRAIN = ("videos:/somewhere/else/others.csv",)
+    frozen_votes(cfg, CLIPS)
+    assert calls == [3, 3] and len(list(tmp_path.glob("model_final.pth.votes-*"))) == 2
+
+
+def test_votes_that_cannot_be_kept_are_still_votes(frozen, tmp_path, caplog):
+    cfg, calls = frozen
+    frozen_votes(cfg, CLIPS)
+    (cache,) = tmp_path.glob("*.votes-*")
+    cache.unlink()
+    # Where the file should go is a folder, which nobody can write as a file.
+    (tmp_path / f"{cache.name}.part").mkdir()
+    assert frozen_votes(cfg, CLIPS).clusters.tolist() == [0, 1, 2]
+    assert calls == [3, 3] and "not kept for the next evaluation" in caplog.text
+
+
+def test_a_missing_localizer_is_named(cfg):
+    cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS = "nowhere/model_final.pth"
+    with pytest.raises(ValueError, match="'nowhere/model_final.pth' is not a file.*METHOD file"):
+        frozen_votes(cfg, CLIPS)

@@ -7,7 +7,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 
 from avdet2.config import add_avdet2_config
-from avdet2.modeling.frozen import init_backbone, load_localizer
+from avdet2.modeling.frozen import check_hand_over, init_backbone, load_localizer
 
 
 def _cfg():
@@ -102,6 +102,58 @@ def test_nothing_in_a_checkpoint_is_executed(trained, tmp_path):
     with pytest.raises(Exception, match="weights_only|Weights only"):
         load_localizer(config, weights)
     assert not (tmp_path / "written").exists()
+
+
+def _save(model, path) -> str:
+    torch.save({"model": model.state_dict()}, path)
+    return str(path)
+
+
+def test_a_localizer_may_start_from_one_of_the_same_shape(trained, tmp_path):
+    weights = _paths(tmp_path)[1]
+    check_hand_over(trained, weights)
+    # Another K, or new heads, or heads that are no longer needed.
+    cfg = _cfg()
+    cfg.MODEL.LOCALIZER.NUM_CLUSTERS = 9
+    check_hand_over(build_model(cfg), weights)
+    cfg.MODEL.LOCALIZER.LAMBDA = 1.0
+    pretrained = build_model(cfg)
+    assert not pretrained.has_clusters
+    check_hand_over(pretrained, weights)
+    check_hand_over(trained, _save(pretrained, tmp_path / "pretrained.pth"))
+    cfg.MODEL.AVOL.NORM = "FrozenBN"
+    check_hand_over(build_model(cfg), weights)
+
+
+def test_a_localizer_does_not_start_from_a_different_one(trained, tmp_path):
+    weights = _paths(tmp_path)[1]
+    cfg = _cfg()
+    cfg.MODEL.LOCALIZER.EMBED_DIM = 12
+    with pytest.raises(ValueError, match=r"model_final.pth .* 4 tensors .*loc_a\.\S+bias, loc_a"):
+        check_hand_over(build_model(cfg), weights)
+    cfg = _cfg()
+    cfg.MODEL.AVOL.CHANNELS = (8, 8, 12, 24)
+    with pytest.raises(ValueError, match="another shape: .*visual_encoder"):
+        check_hand_over(build_model(cfg), weights)
+    # A part is missing, or left over.
+    state = trained.state_dict()
+    key = "visual_encoder.conv3.1.norm.running_var"
+    value = state.pop(key)
+    torch.save({"model": state}, weights)
+    with pytest.raises(ValueError, match=f" 1 tensors .*{key}"):
+        check_hand_over(trained, weights)
+    torch.save({"model": {**state, key: value, "loc_v.9.weight": value}}, weights)
+    with pytest.raises(ValueError, match=r" 1 tensors .*loc_v\.9\.weight"):
+        check_hand_over(trained, weights)
+
+
+def test_other_hand_overs_are_not_checked(trained, tmp_path):
+    # A visual encoder's weights from elsewhere, in both of Detectron2's forms; no weights; and a
+    # model of another kind.
+    encoder = _save(trained.visual_encoder, tmp_path / "encoder.pth")
+    for weights in (encoder, "detectron2://ImageNetPretrained/MSRA/R-50.pkl", ""):
+        check_hand_over(trained, weights)
+    check_hand_over(trained.visual_encoder, _paths(tmp_path)[1])
 
 
 def _fpn(channels=(8, 8, 12, 16)):

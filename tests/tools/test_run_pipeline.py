@@ -1,91 +1,137 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Tests of tools/run_pipeline.py: how stages are linked. Running them is tests/test_end_to_end.py's.
+Tests of tools/run_pipeline.py: its table, its lock, and how it ends.
 """
 
 import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from avdet2.engine import load_cfg
+from avdet2.engine.pipeline import make_stages
 
 ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "run_pipeline.py"
 PIPELINE = str(ROOT / "configs" / "pipeline_K39.yaml")
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("run_pipeline", ROOT / "tools/run_pipeline.py")
+    spec = importlib.util.spec_from_file_location("run_pipeline", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def make_stages(tool, tmp_path, *opts):
-    args = Namespace(config_file=PIPELINE, opts=["OUTPUT_DIR", str(tmp_path), *opts])
-    cfg = load_cfg(PIPELINE, tool.split_opts(args.opts)[0])
-    return {stage.name: stage for stage in tool.make_stages(cfg, args)}
+def write_results(stage, results):
+    path = Path(stage.folder) / "inference" / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(results))
 
 
-def value_of(stage, key):
-    words = dict(zip(stage.opts[::2], stage.opts[1::2]))
-    return words.get(key)
+def test_one_row_for_each_stage(tool, tmp_path):
+    stages = make_stages(PIPELINE, ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "('a',)"])
+    assert tool.write_table(stages, str(tmp_path)) == ""
+    write_results(stages[1], {"bbox": {"AP50": 12.3}})
+    write_results(stages[3], {"bbox": {"AP50": 45.6}})
+    lines = tool.write_table(stages, str(tmp_path)).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| localizer_joint (self-boxes)",
+        "| detector",
+    ]
+    assert " 12.3 " in lines[0] and " 45.6 " in lines[1]
+    assert json.loads((tmp_path / "results.json").read_text())["detector"]["bbox"]["AP50"] == 45.6
 
 
-def test_opts_are_split_by_stage(tool):
-    shared, special = tool.split_opts(["SEED", "3", "detector:SOLVER.MAX_ITER", "7"])
-    assert shared == ["SEED", "3"]
-    assert special == {"detector": ["SOLVER.MAX_ITER", "7"]}
+def test_one_row_for_each_test_set(tool, tmp_path):
+    stages = make_stages(PIPELINE, ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "('a','b')"])
+    write_results(stages[3], {"a": {"bbox": {"AP50": 12.3}}, "b": {"bbox": {"AP50": 45.6}}})
+    lines = tool.write_table(stages, str(tmp_path)).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| detector, a", "| detector, b"]
+    assert " 12.3 " in lines[0] and " 45.6 " in lines[1]
 
 
-def test_stages_hand_weights_on(tool, tmp_path):
-    stages = make_stages(tool, tmp_path)
-    final = {name: str(tmp_path / name / "model_final.pth") for name in stages}
-    assert value_of(stages["localizer_pretrain"], "MODEL.WEIGHTS") is None
-    assert value_of(stages["localizer_joint"], "MODEL.WEIGHTS") == final["localizer_pretrain"]
-    for name in ("detector_warmup", "detector"):
-        weights = value_of(stages[name], "MODEL.SELF_BOX.LOCALIZER_WEIGHTS")
-        assert weights == final["localizer_joint"]
-        config = value_of(stages[name], "MODEL.SELF_BOX.LOCALIZER_CONFIG")
-        assert config == str(tmp_path / "localizer_joint" / "config.yaml")
-    assert value_of(stages["detector_warmup"], "MODEL.WEIGHTS") is None
-    assert value_of(stages["detector"], "MODEL.WEIGHTS") == final["detector_warmup"]
+def test_a_folder_is_for_one_pipeline_at_a_time(tool, tmp_path):
+    with tool.lock_folder(str(tmp_path)):
+        with pytest.raises(ValueError, match="is in use"):
+            tool.lock_folder(str(tmp_path), seconds=0.3)
+        # Each machine of a distributed run has its own.
+        tool.lock_folder(str(tmp_path), rank=1).close()
+    tool.lock_folder(str(tmp_path), seconds=0).close()
 
 
-def test_stages_have_folders_of_their_own(tool, tmp_path):
-    stages = make_stages(tool, tmp_path, "detector:SOLVER.MAX_ITER", "7")
-    assert {stage.cfg.OUTPUT_DIR for stage in stages.values()} == {
-        str(tmp_path / name) for name in stages
-    }
-    assert stages["detector"].cfg.SOLVER.MAX_ITER == 7
-    assert stages["detector_warmup"].cfg.SOLVER.MAX_ITER != 7
+class FakeStage:
+    """
+    A stage that runs a line of Python.
+    """
+
+    name, config_file, folder = "fake", "fake.yaml", "folder"
+
+    def __init__(self, line: str, done: bool = False) -> None:
+        self.line, self.done = line, done
+
+    def is_done(self) -> bool:
+        return self.done
+
+    def command(self, train_net: str, args: Namespace) -> list[str]:
+        return [sys.executable, "-c", self.line]
 
 
-def test_a_trained_stage_without_results_is_only_evaluated(tool, tmp_path):
-    stage = make_stages(tool, tmp_path, "DATASETS.TEST", "('some_test_set',)")["detector"]
-    args = Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto")
-    assert "--resume" in stage.command(args)
-    (tmp_path / "detector").mkdir()
-    (tmp_path / "detector" / "model_final.pth").touch()
-    assert not stage.is_done()
-    command = stage.command(args)
-    assert "--eval-only" in command
-    assert command[-2:] == ["MODEL.WEIGHTS", stage.weights]
-    (tmp_path / "detector" / "inference").mkdir()
-    (tmp_path / "detector" / "inference" / "results.json").touch()
-    assert stage.is_done()
+def test_the_first_failure_is_the_last_stage(tool, tmp_path):
+    stages = [
+        FakeStage("raise SystemExit(9)", done=True),
+        FakeStage("pass"),
+        FakeStage("raise SystemExit(3)"),
+        FakeStage(f"open({str(tmp_path / 'ran')!r}, 'w')"),
+    ]
+    with tool.lock_folder(str(tmp_path)) as lock, pytest.raises(SystemExit) as error:
+        tool.run_stages(stages, Namespace(), lock)
+    assert error.value.code == 3
+    assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    "opts, message",
-    [
-        (["nosuch:SEED", "1"], "no stage"),
-        (["SEED"], "KEY VALUE"),
-        (["PIPELINE.STAGES", "('a',)"], "is no pipeline"),
-    ],
-)
-def test_wrong_opts_are_named(tool, tmp_path, opts, message):
-    with pytest.raises(ValueError, match=message):
-        make_stages(tool, tmp_path, *opts)
+# The tool with a stage that tells its process id and sleeps.
+SLEEPER = """
+import importlib.util, sys
+from argparse import Namespace
+spec = importlib.util.spec_from_file_location("run_pipeline", sys.argv[1])
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+code = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(300)"
+tool.Stage.command = lambda *args: [sys.executable, "-c", code]
+tool.main(Namespace(config_file=sys.argv[2], opts=["OUTPUT_DIR", sys.argv[3]], machine_rank=0))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stage_ends_with_its_pipeline(tool, tmp_path, number):
+    words = [sys.executable, "-c", SLEEPER, str(TOOL), PIPELINE, str(tmp_path)]
+    # The tool's logger writes to stdout too.
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as pipeline:
+        stage = next(int(line) for line in pipeline.stdout if line.strip().isdigit())
+        pipeline.send_signal(number)
+        if number == signal.SIGKILL:
+            # Nothing can end the stage then, but it keeps a second pipeline out.
+            assert pipeline.wait(timeout=20) == -number
+            with pytest.raises(ValueError, match="is in use"):
+                tool.lock_folder(str(tmp_path), seconds=0)
+            os.kill(stage, signal.SIGKILL)
+        else:
+            assert pipeline.wait(timeout=20) == 128 + number
+            with pytest.raises(ProcessLookupError):
+                os.kill(stage, 0)
+    tool.lock_folder(str(tmp_path), seconds=5).close()
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--eval-only"])
+def test_flags_that_say_nothing_to_a_pipeline(flag):
+    words = [sys.executable, str(TOOL), "--config-file", PIPELINE, flag]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "goes on where it stopped" in done.stderr

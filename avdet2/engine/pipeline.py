@@ -1,0 +1,271 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+The stages of a pipeline: what one takes from another, and what is left to do.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from detectron2.config import CfgNode
+
+from avdet2.config_file import flat_items, load_cfg
+from avdet2.engine.defaults import use_own_videos
+from avdet2.evaluation.build import results_file
+
+FINAL = "model_final.pth"
+LOCALIZER_CONFIG = "MODEL.SELF_BOX.LOCALIZER_CONFIG"
+LOCALIZER_WEIGHTS = "MODEL.SELF_BOX.LOCALIZER_WEIGHTS"
+NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
+# Begin the keys that may differ when a stage goes on, and those that only its evaluation reads.
+FREE = (
+    "DATALOADER.NUM_WORKERS",
+    "DATASETS.PREPARED",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "OUTPUT_DIR",
+    "PIPELINE.",
+    "SOLVER.CHECKPOINT_PERIOD",
+)
+OF_EVALUATION = ("DATASETS.TEST", "TEST.")
+
+
+class Stage:
+    """
+    One call of train_net.py: its config file, its opts, its folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config_file: str,
+        shared: list[str],
+        own: list[str],
+        root: str,
+        before: list["Stage"],
+    ) -> None:
+        """
+        Args:
+            name: of the stage and of its folder.
+            config_file: path.
+            shared: KEY VALUE pairs for all stages.
+            own: KEY VALUE pairs for this one. They have the last word, also on what is linked.
+            root: the pipeline's OUTPUT_DIR.
+            before: the stages before this one.
+
+        Raises:
+            ValueError: the options do not fit together.
+        """
+        self.name, self.config_file = name, config_file
+        self.folder = os.path.join(root, name)
+        linked = links(load_cfg(config_file, shared + own), before)
+        self.opts = [*shared, *linked, *own, "OUTPUT_DIR", self.folder]
+        self.cfg = load_cfg(config_file, self.opts)
+        use_own_videos(self.cfg)
+        self.cfg.freeze()
+        self._check_weights()
+        self._check_classes(dict(zip(linked[::2], linked[1::2])))
+
+    @property
+    def eval_only(self) -> bool:
+        """
+        A model without weights is only evaluated.
+        """
+        return self.cfg.MODEL.META_ARCHITECTURE == "CenterBox"
+
+    @property
+    def is_localizer(self) -> bool:
+        return self.cfg.MODEL.META_ARCHITECTURE == "AVLocalizer"
+
+    @property
+    def is_warmup(self) -> bool:
+        """
+        Whether it trains a class-agnostic detector, which class-aware ones go on from.
+        """
+        of_self_boxes = self.cfg.INPUT.MAPPER == "SelfBoxMapper" and not self.eval_only
+        return of_self_boxes and self.cfg.MODEL.SELF_BOX.LABELS == "none"
+
+    @property
+    def weights(self) -> str:
+        return os.path.join(self.folder, FINAL)
+
+    @property
+    def last_checkpoint(self) -> str:
+        """
+        Name of the last checkpoint that was written as a whole, or "".
+        """
+        try:
+            with open(os.path.join(self.folder, "last_checkpoint")) as f:
+                return f.read().strip()
+        except FileNotFoundError:
+            return ""
+
+    def is_trained(self) -> bool:
+        """
+        Trained to the end. The file of the final weights may be there, but not be complete.
+        """
+        return self.last_checkpoint == FINAL and os.path.isfile(self.weights)
+
+    def is_done(self) -> bool:
+        """
+        Trained to the end, and then evaluated where there is something to evaluate on.
+        """
+        if not (self.eval_only or self.is_trained()):
+            return False
+        results = results_file(self.folder)
+        if not self.cfg.DATASETS.TEST:
+            return True
+        # Results may also be those of an evaluation during the training.
+        return os.path.isfile(results) and (
+            self.eval_only or os.path.getmtime(results) >= os.path.getmtime(self.weights)
+        )
+
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            ValueError: the stage is done, or has begun, with other options.
+        """
+        done = self.is_done()
+        config = os.path.join(self.folder, "config.yaml")
+        if not os.path.isfile(config) or not (done or self.last_checkpoint):
+            return
+        old, new = _comparable(load_cfg(config)), _comparable(self.cfg)
+        changed = [
+            f"{key} was {old[key]}, is now {new[key]}"
+            for key in sorted(new)
+            if old[key] != new[key] and (done or not key.startswith(OF_EVALUATION))
+        ]
+        if changed:
+            raise ValueError(
+                f"stage {self.name} has run with other options ({config}): "
+                f"{'; '.join(changed[:8])}{'; ...' if len(changed) > 8 else ''}. Choose another "
+                "OUTPUT_DIR, or delete the folders of this stage and of those after it"
+            )
+
+    def command(self, train_net: str, args: argparse.Namespace) -> list[str]:
+        """
+        The command line of this stage.
+
+        Args:
+            train_net: path of tools/train_net.py.
+            args: of Detectron2's argument parser.
+        """
+        words = [sys.executable, train_net, "--config-file", self.config_file]
+        words += ["--num-gpus", str(args.num_gpus), "--num-machines", str(args.num_machines)]
+        words += ["--machine-rank", str(args.machine_rank), "--dist-url", args.dist_url]
+        trained = not self.eval_only and self.is_trained()
+        words.append("--eval-only" if self.eval_only or trained else "--resume")
+        return words + self.opts + (["MODEL.WEIGHTS", self.weights] if trained else [])
+
+    def _check_weights(self) -> None:
+        weights = self.cfg.MODEL.WEIGHTS
+        if "MODEL.WEIGHTS" in self.opts[::2] or os.path.basename(weights) != FINAL:
+            return
+        raise ValueError(
+            f"stage {self.name} starts from another stage's weights, {weights} in "
+            f"{self.config_file}, but no stage before it has such weights. For a class-aware "
+            "detector that is one with MODEL.SELF_BOX.LABELS none (KEY VALUE is for all stages, "
+            f"STAGE:KEY VALUE for one). Else give {self.name}:MODEL.WEIGHTS"
+        )
+
+    def _check_classes(self, linked: dict[str, str]) -> None:
+        node, found = self.cfg.MODEL.SELF_BOX, self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        is_own_localizer = node.LOCALIZER_CONFIG != linked.get(LOCALIZER_CONFIG)
+        if NUM_CLASSES not in linked or (node.LABELS == "self" and is_own_localizer):
+            return
+        if found != int(linked[NUM_CLASSES]):
+            raise ValueError(
+                f"stage {self.name}: {NUM_CLASSES} is {found}, but with MODEL.SELF_BOX.LABELS "
+                f"{node.LABELS} there are {linked[NUM_CLASSES]} classes; leave the key out"
+            )
+
+
+def links(cfg: CfgNode, before: list[Stage]) -> list[str]:
+    """
+    KEY VALUE pairs by which a stage takes weights, localizer and number of classes from those
+    before it: a localizer goes on from the last localizer, a detector learns from it and goes on
+    from the class-agnostic warm-up.
+
+    Args:
+        cfg: of the stage, as it is without these pairs.
+        before: the stages before it.
+    """
+    localizers = [stage for stage in before if stage.is_localizer]
+    if cfg.MODEL.META_ARCHITECTURE == "AVLocalizer":
+        return ["MODEL.WEIGHTS", localizers[-1].weights] if localizers else []
+    if cfg.INPUT.MAPPER != "SelfBoxMapper" or cfg.MODEL.META_ARCHITECTURE == "CenterBox":
+        return []
+    opts, labels = [], cfg.MODEL.SELF_BOX.LABELS
+    if localizers:
+        teacher = localizers[-1]
+        opts += [LOCALIZER_CONFIG, os.path.join(teacher.folder, "config.yaml")]
+        opts += [LOCALIZER_WEIGHTS, teacher.weights]
+        if labels == "self":
+            opts += [NUM_CLASSES, str(teacher.cfg.MODEL.LOCALIZER.NUM_CLUSTERS)]
+    if labels == "none":
+        return [*opts, NUM_CLASSES, "1"]
+    warmups = [stage for stage in before if stage.is_warmup]
+    return [*opts, "MODEL.WEIGHTS", warmups[-1].weights] if warmups else opts
+
+
+def split_opts(opts: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """
+    KEY VALUE pairs for all stages, and STAGE:KEY VALUE pairs by stage.
+    """
+    if len(opts) % 2:
+        raise ValueError(f"options are KEY VALUE pairs, but there are {len(opts)} words: {opts}")
+    shared: list[str] = []
+    special: dict[str, list[str]] = {}
+    for key, value in zip(opts[::2], opts[1::2]):
+        stage, colon, rest = key.partition(":")
+        if colon:
+            special.setdefault(stage, []).extend([rest, value])
+        else:
+            shared += [key, value]
+    return shared, special
+
+
+def make_stages(config_file: str, opts: list[str]) -> list[Stage]:
+    """
+    The stages that a pipeline's config names, each linked to those before it.
+
+    Args:
+        config_file: of the pipeline; its PIPELINE.CONFIGS are relative to it.
+        opts: KEY VALUE and STAGE:KEY VALUE.
+
+    Raises:
+        ValueError: it is no pipeline, or the options do not fit together.
+    """
+    shared, special = split_opts(opts)
+    cfg = load_cfg(config_file, shared)
+    names, configs = cfg.PIPELINE.STAGES, cfg.PIPELINE.CONFIGS
+    if not names or len(names) != len(configs):
+        raise ValueError(
+            f"{config_file or 'the config'} is no pipeline: it has {len(names)} "
+            f"PIPELINE.STAGES and {len(configs)} PIPELINE.CONFIGS"
+        )
+    unknown = set(special) - set(names)
+    if unknown:
+        raise ValueError(f"there is no stage {sorted(unknown)}, only {', '.join(names)}")
+    stages: list[Stage] = []
+    for name, config in zip(names, configs):
+        path = os.path.join(os.path.dirname(config_file), config)
+        own = special.get(name, [])
+        stages.append(Stage(name, path, shared, own, cfg.OUTPUT_DIR, stages))
+    return stages
+
+
+def _comparable(cfg: CfgNode) -> dict[str, str]:
+    """
+    What a stage's result depends on, by key.
+    """
+    values = dict(flat_items(cfg))
+    root = os.path.dirname(os.path.abspath(cfg.OUTPUT_DIR))
+    for key in (LOCALIZER_CONFIG, LOCALIZER_WEIGHTS):
+        path = os.path.abspath(values[key])
+        # The same after the whole pipeline has been moved.
+        if path.startswith(root + os.sep):
+            values[key] = os.path.relpath(path, root)
+    # Lists and tuples are the same.
+    return {k: json.dumps(value) for k, value in values.items() if not k.startswith(FREE)}
