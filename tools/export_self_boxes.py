@@ -6,8 +6,8 @@ Writes the self-boxes and self-labels of registered clips as COCO json, with the
     python tools/export_self_boxes.py --config-file output/localizer_joint/config.yaml \\
         --output self_boxes MODEL.WEIGHTS output/localizer_joint/model_final.pth
 
-The clips are DATASETS.TRAIN's, or those of DATASETS.VIDEOS (a folder or a clip list). The result loads
-with register_coco_instances("name", {}, "self_boxes/annotations.json", "self_boxes/images").
+The clips are DATASETS.TRAIN's, or those of DATASETS.VIDEOS (a folder or a clip list). The result
+loads with register_coco_instances("name", {}, "self_boxes/annotations.json", "self_boxes/images").
 """
 
 import argparse

@@ -39,7 +39,8 @@ def results_table(*runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
     Returns:
         the table, in percent with one decimal; a star marks class-agnostic columns. "AP50* single"
         is over images with one object, "silent*" the recall of silent objects (score 0.3, IoU
-        0.5), "unheard*" of those whose class is not heard in the image either, "several*" the share of images with several objects in which two or more are found.
+        0.5), "unheard*" of those whose class is not heard in the image either, "several*" the share
+        of images with several objects in which two or more are found.
     """
     lines = [["method"] + [heading for heading, _, _ in COLUMNS], ["---"] + ["---:"] * len(COLUMNS)]
     for name in dict.fromkeys(name for rows in runs for name in rows):

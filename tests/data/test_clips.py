@@ -74,7 +74,7 @@ def test_csv_and_jsonl_agree(tmp_path: Path) -> None:
     lines = write_list(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
     expected = [ClipRow("a, b.mp4", 1.5, 10.0, "dog"), ClipRow("c.mp4", 0.0, 2.0, None)]
     assert read_clip_list(table) == read_clip_list(lines) == expected
-    assert read_clip_list(table, "/root")[1].file == "/root/c.mp4"
+    assert read_clip_list(table, "/base")[1].file == "/base/c.mp4"
 
 
 HEADER = "file,start,duration,label\n"

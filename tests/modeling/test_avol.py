@@ -180,7 +180,12 @@ def test_every_parameter_of_the_fpn_is_used():
 def test_fpn_and_plain_backbone_are_the_same_network():
     cfg = _fpn_cfg()
     plain = build_avol_backbone(cfg, RGB)
-    build_avol_fpn_backbone(cfg, RGB).bottom_up.load_state_dict(plain.state_dict())
+    pyramid = build_avol_fpn_backbone(cfg, RGB)
+    pyramid.bottom_up.load_state_dict(plain.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    expected, found = plain.eval()(images), pyramid.eval().bottom_up(images)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_wrong_settings_are_refused():
