@@ -14,6 +14,8 @@ cd "$ROOT"
 DATA="$ROOT/datasets"
 OUTPUT="output/demo"
 export DETECTRON2_DATASETS="$DATA"
+# Threads that spin while they wait take the cores from the process that reads the data.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 "$PYTHON" datasets/prepare_synthetic.py --output "$DATA/synthetic_av"
 # Reading mp4 files again in every epoch would take most of the time.
 "$PYTHON" tools/prepare_clips.py --clips "$DATA/synthetic_av/train.csv" --short-side 128 \
