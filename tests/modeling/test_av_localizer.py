@@ -285,3 +285,27 @@ def test_an_unknown_optimizer_is_refused():
     cfg.SOLVER.OPTIMIZER = "LARS"
     with pytest.raises(ValueError, match="LARS"):
         AVTrainer.build_optimizer(cfg, build_model(cfg))
+
+
+def test_maps_cover_images_whose_size_is_no_multiple_of_the_stride():
+    model = _model().eval()
+    seen = []
+    model.visual_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        maps, _ = model.localize(_batch([(108, 92)]))
+    # 13.5 and 11.5 cells: without resizing, the map would be 13 x 11 and lack 4 pixels on a side.
+    assert maps.shape == (1, 14, 12)
+    image = seen[0]
+    assert image.shape == (1, 3, 112, 96)
+    # What is at the right edge of the image is at the right edge of what the encoder sees.
+    sample = _batch([(108, 92)])[0]
+    sample["image"] = torch.zeros_like(sample["image"])
+    sample["image"][:, :, -4:] = 255
+    images, _ = model.preprocess([sample])
+    bright = images[0, 0].mean(dim=0) > images.mean()
+    assert bright.nonzero().flatten().tolist() in ([92, 93, 94, 95], [91, 92, 93, 94, 95])
+
+
+def test_training_crops_are_left_as_they_are():
+    images, _ = _model().train().preprocess(_batch([(60, 60)]))
+    assert images.shape == (1, 3, 60, 60)

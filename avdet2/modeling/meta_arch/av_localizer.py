@@ -93,6 +93,7 @@ class AVLocalizer(nn.Module):
                 f"outputs {sorted(shapes)}"
             )
         visual_dim, audio_dim = shapes[visual_feature].channels, audio_encoder.out_channels
+        self.visual_stride = shapes[visual_feature].stride
         self.nce = NCELoss(temperature, pool, gather)
         self.nce_weight, self.num_clusters = nce_weight, num_clusters
         self.beta, self.multi = sum(beta) / 2, multi
@@ -164,9 +165,21 @@ class AVLocalizer(nn.Module):
         """
         images = torch.stack([x["image"] for x in batched_inputs]).to(self.device)
         images = (images - self.pixel_mean) / self.pixel_std
+        if not self.training:
+            images = self._whole_cells(images)
         images = images.contiguous(memory_format=torch.channels_last)
         waveforms = torch.stack([x["waveform"] for x in batched_inputs]).to(self.device)
         return images, self.spectrogram(waveforms)
+
+    def _whole_cells(self, images: torch.Tensor) -> torch.Tensor:
+        """
+        Images resized to the nearest multiple of the map's stride: the pooling drops what is over,
+        and a map without the right and lower edge would shift and stretch every box.
+        """
+        size = [max(1, round(x / self.visual_stride)) * self.visual_stride for x in images.shape[2:]]
+        if tuple(size) == tuple(images.shape[2:]):
+            return images
+        return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
 
     def extract(self, images: torch.Tensor, spectrograms: torch.Tensor) -> PairFeatures:
         """
