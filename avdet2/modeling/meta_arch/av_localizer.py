@@ -176,7 +176,8 @@ class AVLocalizer(nn.Module):
         Images resized to the nearest multiple of the map's stride: the pooling drops what is over,
         and a map without the right and lower edge would shift and stretch every box.
         """
-        size = [max(1, round(x / self.visual_stride)) * self.visual_stride for x in images.shape[2:]]
+        stride = self.visual_stride
+        size = [max(1, round(side / stride)) * stride for side in images.shape[2:]]
         if tuple(size) == tuple(images.shape[2:]):
             return images
         return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
