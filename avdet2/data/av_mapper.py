@@ -25,10 +25,15 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES_IN_A_ROW = 100
 
 
-def to_image_tensor(image: np.ndarray) -> torch.Tensor:
+def to_image_tensor(
+    frame: np.ndarray, transform: T.Transform | T.TransformList, image_format: str
+) -> torch.Tensor:
     """
-    (H, W, 3) to a contiguous (3, H, W) tensor.
+    A frame (H, W, 3) RGB, transformed, as a contiguous (3, h, w) tensor in "RGB" or "BGR".
     """
+    image = transform.apply_image(frame)
+    if image_format == "BGR":
+        image = image[:, :, ::-1]
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
@@ -175,16 +180,14 @@ class AVMapper:
         if sample is None:
             return None
         frame, waveform = sample
-        image = self._transforms(*frame.shape[:2]).apply_image(frame)
-        if self.image_format == "BGR":
-            image = image[:, :, ::-1]
+        image = to_image_tensor(frame, self._transforms(*frame.shape[:2]), self.image_format)
         output = {key: value for key, value in dataset_dict.items() if key != "annotations"}
         # What boxes in the image refer to: the frame as it was read (a prepared one is smaller than
         # the video's), or the crop.
         output["height"], output["width"] = (
-            frame.shape[:2] if self.crop == "full" else image.shape[:2]
+            frame.shape[:2] if self.crop == "full" else image.shape[1:]
         )
-        output["image"] = to_image_tensor(image)
+        output["image"] = image
         output["waveform"] = torch.from_numpy(audio_to_int16(waveform))
         return output
 

@@ -112,9 +112,6 @@ class SelfBoxMapper:
             self._count_empty()
             return None
         self.empty_in_a_row = 0
-        image = window.transforms(self.image_size).apply_image(frame)
-        if self.image_format == "BGR":
-            image = image[:, :, ::-1]
         instances = Instances((self.image_size, self.image_size))
         instances.gt_boxes = Boxes(boxes)
         label = self._label(dataset_dict, cluster)
@@ -123,7 +120,9 @@ class SelfBoxMapper:
             **dataset_dict,
             "height": self.image_size,
             "width": self.image_size,
-            "image": to_image_tensor(image),
+            "image": to_image_tensor(
+                frame, window.transforms(self.image_size), self.image_format
+            ),
             "instances": instances,
         }
 
@@ -161,11 +160,10 @@ class SelfBoxMapper:
         """
         Boxes in pixels of the detector's image, and the cluster of the pair.
         """
-        image = window.transforms(self.crop_size).apply_image(frame)
-        if self.localizer_format == "BGR":
-            image = image[:, :, ::-1]
+        transform = window.transforms(self.crop_size)
+        image = to_image_tensor(frame, transform, self.localizer_format)
         sound = torch.from_numpy(audio_to_int16(waveform))
-        pair = {"image": to_image_tensor(image), "waveform": sound}
+        pair = {"image": image, "waveform": sound}
         maps, features = self.localizer.localize([pair])
         size, beta = (self.crop_size, self.crop_size), np.random.uniform(*self.beta)
         boxes, _ = self_boxes(maps[0], size, beta, self.multi)

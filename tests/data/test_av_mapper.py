@@ -223,7 +223,7 @@ def test_opencv_has_no_threads_in_a_worker():
 
 
 @pytest.fixture
-def test_image(tmp_path) -> dict:
+def image_with_sound(tmp_path) -> dict:
     """
     A picture, and three seconds of sound whose samples count up.
     """
@@ -247,15 +247,15 @@ def test_image(tmp_path) -> dict:
     }
 
 
-def test_an_image_with_paired_sound(test_image):
-    output = _mapper("full")(test_image)
-    assert "annotations" not in output and "annotations" in test_image
+def test_an_image_with_paired_sound(image_with_sound):
+    output = _mapper("full")(image_with_sound)
+    assert "annotations" not in output and "annotations" in image_with_sound
     assert output["image_id"] == "a" and (output["height"], output["width"]) == (60, 80)
     # 64 x 85.3, at a multiple of 32.
     assert output["image"].shape == (3, 64, 96)
     assert output["image"][:, 30, 5].tolist() == [200, 10, 60]
     assert not output["image"][:, 30, -5].any()
-    bgr = _mapper("full", image_format="BGR")(test_image)["image"]
+    bgr = _mapper("full", image_format="BGR")(image_with_sound)["image"]
     assert bgr[:, 30, 5].tolist() == [60, 10, 200]
     # One second around 1.75 s.
     samples = np.arange(3 * SAMPLE_RATE) % 30000 - 15000
@@ -263,16 +263,16 @@ def test_an_image_with_paired_sound(test_image):
     np.testing.assert_allclose(output["waveform"].numpy(), expected, atol=1)
 
 
-def test_sound_that_cannot_be_read(test_image, tmp_path):
+def test_sound_that_cannot_be_read(image_with_sound, tmp_path):
     (tmp_path / "a.wav").write_bytes(b"no sound")
     with pytest.raises(MediaError, match="a.wav"):
-        _mapper("full")(test_image)
+        _mapper("full")(image_with_sound)
 
 
-def test_an_image_without_sound_is_refused(test_image):
-    del test_image["audio_file"]
+def test_an_image_without_sound_is_refused(image_with_sound):
+    del image_with_sound["audio_file"]
     with pytest.raises(ValueError, match="a.png has no sound"):
-        _mapper("full")(test_image)
+        _mapper("full")(image_with_sound)
 
 
 def test_a_mapper_of_a_config():

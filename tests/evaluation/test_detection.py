@@ -82,7 +82,7 @@ def _iou(a, b):
 
 
 @pytest.fixture
-def test_set(tmp_path):
+def toy_set(tmp_path):
     """
     Three classes (category ids 3, 5, 9) in two images, registered as COCO data.
     """
@@ -144,10 +144,10 @@ DETECTIONS = {
 }
 
 
-def test_clusters_become_classes(test_set, tmp_path):
+def test_clusters_become_classes(toy_set, tmp_path):
     out = tmp_path / "inference"
     matching = _matching([1, 0, -1, 2])
-    evaluator = SelfSupervisedDetectionEvaluator(test_set, str(out), matching)
+    evaluator = SelfSupervisedDetectionEvaluator(toy_set, str(out), matching)
     results = _run(evaluator, DETECTIONS)
     bbox = results["bbox"]
     # Two of three flutes: precision 1 up to recall 2/3, 67 of the 101 recalls.
@@ -189,17 +189,17 @@ def test_clusters_become_classes(test_set, tmp_path):
     assert again.mapping.tolist() == [1, 0, -1, 2]
 
 
-def test_metrics_are_stocks_where_stock_has_them(test_set, tmp_path):
+def test_metrics_are_stocks_where_stock_has_them(toy_set, tmp_path):
     classes = {i: [row for row in rows if row[0] < 3] for i, rows in DETECTIONS.items()}
     stock = COCOEvaluator(
-        test_set, ("bbox",), False, str(tmp_path / "stock"), use_fast_impl=False
+        toy_set, ("bbox",), False, str(tmp_path / "stock"), use_fast_impl=False
     )
     # Stock itself would count the object with the id 0 as missed.
     for index, annotation in enumerate(stock._coco_api.dataset["annotations"]):
         annotation["id"] = index + 1
     stock._coco_api.createIndex()
     expected = _run(stock, classes)["bbox"]
-    ours = _run(SelfSupervisedDetectionEvaluator(test_set, str(tmp_path / "ours")), classes)["bbox"]
+    ours = _run(SelfSupervisedDetectionEvaluator(toy_set, str(tmp_path / "ours")), classes)["bbox"]
     assert {key: ours[key] for key in expected} == pytest.approx(expected, nan_ok=True)
     assert ours.keys() - expected.keys() == {"AP30", *(f"AP50-{name}" for name in NAMES)}
     files = [tmp_path / run / "coco_instances_results.json" for run in ("stock", "ours")]
@@ -207,13 +207,13 @@ def test_metrics_are_stocks_where_stock_has_them(test_set, tmp_path):
     assert not (tmp_path / "ours" / "cluster_matching.json").exists()
 
 
-def test_two_clusters_on_one_class(test_set):
+def test_two_clusters_on_one_class(toy_set):
     # The second cluster repeats every detection of the first, a little weaker.
     twice = {
         image: rows + [(1, box, score - 0.05) for label, box, score in rows if label == 0]
         for image, rows in {1: [(0, A, 0.9)], 2: [(0, A, 0.5), (0, C, 0.4)]}.items()
     }
-    evaluator = SelfSupervisedDetectionEvaluator(test_set, matching=_matching([1, 1]))
+    evaluator = SelfSupervisedDetectionEvaluator(toy_set, matching=_matching([1, 1]))
     results = _run(evaluator, twice)
     # Flutes: a false alarm first, then two of three. Duplicates would make it 4 false alarms.
     assert results["bbox"]["AP50-flute"] == pytest.approx(100 * (2 / 3) * 67 / 101)
@@ -221,9 +221,9 @@ def test_two_clusters_on_one_class(test_set):
     assert results["bbox_agnostic"]["AP50"] == pytest.approx(100 * 61 / 101)
 
 
-def test_class_agnostic_only(test_set, tmp_path):
+def test_class_agnostic_only(toy_set, tmp_path):
     evaluator = SelfSupervisedDetectionEvaluator(
-        test_set, str(tmp_path / "out"), class_agnostic_only=True
+        toy_set, str(tmp_path / "out"), class_agnostic_only=True
     )
     # Clusters beyond the number of classes are no error here.
     results = _run(evaluator, {1: [(38, A, 0.9), (0, B, 0.8)], 3: [(7, B, 0.3)]})
@@ -235,8 +235,8 @@ def test_class_agnostic_only(test_set, tmp_path):
     assert [row["category_id"] for row in raw] == [38, 0, 7]
 
 
-def test_nothing_detected_scores_zero(test_set):
-    evaluator = SelfSupervisedDetectionEvaluator(test_set, matching=_matching([1, 0, -1, 2]))
+def test_nothing_detected_scores_zero(toy_set):
+    evaluator = SelfSupervisedDetectionEvaluator(toy_set, matching=_matching([1, 0, -1, 2]))
     for detections in ({}, {1: [(2, A, 0.9)]}):
         results = _run(evaluator, detections)
         assert [results["bbox"][key] for key in ("AP", "AP30", "AP50", "AP-flute")] == [0] * 4
@@ -245,8 +245,8 @@ def test_nothing_detected_scores_zero(test_set):
     assert results["bbox_agnostic"]["AP50"] > 0
 
 
-def test_results_print_as_copypaste_lines(test_set, caplog):
-    evaluator = SelfSupervisedDetectionEvaluator(test_set, matching=_matching([1, 0, -1, 2]))
+def test_results_print_as_copypaste_lines(toy_set, caplog):
+    evaluator = SelfSupervisedDetectionEvaluator(toy_set, matching=_matching([1, 0, -1, 2]))
     results = _run(evaluator, DETECTIONS)
     caplog.clear()
     with caplog.at_level("INFO", logger="detectron2"):
@@ -258,8 +258,8 @@ def test_results_print_as_copypaste_lines(test_set, caplog):
         assert all("-" not in key for key in results[task])
 
 
-def test_only_some_images(test_set):
-    evaluator = SelfSupervisedDetectionEvaluator(test_set, matching=_matching([1, 0, -1, 2]))
+def test_only_some_images(toy_set):
+    evaluator = SelfSupervisedDetectionEvaluator(toy_set, matching=_matching([1, 0, -1, 2]))
     _run(evaluator, DETECTIONS)
     results = evaluator.evaluate(img_ids=[3])
     assert results["bbox"]["AP"] == pytest.approx(100)
@@ -268,41 +268,41 @@ def test_only_some_images(test_set):
     assert math.isnan(results["bbox_objects"]["silent_recall"])
 
 
-def test_classes_are_found_by_name(test_set):
+def test_classes_are_found_by_name(toy_set):
     # The matching was made with other classes in another order.
     names = ["oboe", "harp", "flute", "cello"]
     matching = _matching([2, 3, 0, 1], 4, class_names=names)
-    results = _run(SelfSupervisedDetectionEvaluator(test_set, matching=matching), DETECTIONS)
-    expected = SelfSupervisedDetectionEvaluator(test_set, matching=_matching([1, 0, -1, 2]))
+    results = _run(SelfSupervisedDetectionEvaluator(toy_set, matching=matching), DETECTIONS)
+    expected = SelfSupervisedDetectionEvaluator(toy_set, matching=_matching([1, 0, -1, 2]))
     assert results["bbox"] == pytest.approx(_run(expected, DETECTIONS)["bbox"], nan_ok=True)
 
 
-def test_truth_without_sounding_has_no_extras(test_set, tmp_path):
+def test_truth_without_sounding_has_no_extras(toy_set, tmp_path):
     path = tmp_path / "truth.json"
     dataset = json.loads(path.read_text())
     for annotation in dataset["annotations"]:
         del annotation["sounding"]
     path.write_text(json.dumps(dataset))
-    results = _run(SelfSupervisedDetectionEvaluator(test_set, class_agnostic_only=True), {})
+    results = _run(SelfSupervisedDetectionEvaluator(toy_set, class_agnostic_only=True), {})
     assert list(results) == ["bbox_agnostic"]
 
 
-def test_bad_input_is_refused(test_set):
+def test_bad_input_is_refused(toy_set):
     with pytest.raises(ValueError, match="4 classes without names, .* has 3"):
-        SelfSupervisedDetectionEvaluator(test_set, matching=_matching([0, 3], 4))
+        SelfSupervisedDetectionEvaluator(toy_set, matching=_matching([0, 3], 4))
     with pytest.raises(ValueError, match="share no name"):
         matching = _matching([0], 1, class_names=["drum"])
-        SelfSupervisedDetectionEvaluator(test_set, matching=matching)
+        SelfSupervisedDetectionEvaluator(toy_set, matching=matching)
     with pytest.raises(ValueError, match="no use for a cluster matching"):
         SelfSupervisedDetectionEvaluator(
-            test_set, matching=_matching([0]), class_agnostic_only=True
+            toy_set, matching=_matching([0]), class_agnostic_only=True
         )
 
-    evaluator = SelfSupervisedDetectionEvaluator(test_set, matching=_matching([1, 0]))
+    evaluator = SelfSupervisedDetectionEvaluator(toy_set, matching=_matching([1, 0]))
     with pytest.raises(ValueError, match="Image 2: predicted class 5, but the matched"):
         _run(evaluator, {2: [(5, A, 0.5)]})
     with pytest.raises(ValueError, match="class 3, but the classes of the data set are 3"):
-        _run(SelfSupervisedDetectionEvaluator(test_set), {2: [(3, A, 0.5)]})
+        _run(SelfSupervisedDetectionEvaluator(toy_set), {2: [(3, A, 0.5)]})
     with pytest.raises(ValueError, match="score is nan"):
         _run(evaluator, {2: [(0, A, math.nan)]})
     evaluator.reset()
