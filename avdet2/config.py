@@ -37,7 +37,8 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.PREPARED = ""
 
     # What reads a training sample: DatasetMapper (stock), AVMapper (a frame and its sound, for the
-    # localizer) or SelfBoxMapper (an image with self-boxes, for the detector).
+    # localizer), SelfBoxMapper (an image with self-boxes, for the detector) or FrameMapper (frames
+    # of a clip, for SimCLR).
     cfg.INPUT.MAPPER = "DatasetMapper"
     cfg.INPUT.AV = CN()
     # The short side of a frame is resized to FRAME_SIZE, then a square of CROP_SIZE is cut out
@@ -47,6 +48,22 @@ def _add_data(cfg: CN) -> None:
     # The sound of one sample: so many seconds around the frame's time (App. B: "24Hz" is 24 kHz).
     cfg.INPUT.AV.AUDIO_SECONDS = 1.0
     cfg.INPUT.AV.SAMPLE_RATE = 24000
+
+    # The two views that SimCLR makes of a clip, on the device. The defaults are those of its
+    # ImageNet training.
+    cfg.INPUT.VIEWS = CN()
+    cfg.INPUT.VIEWS.SIZE = 224
+    # 1: both views are of one frame; 2: of two frames of the clip.
+    cfg.INPUT.VIEWS.FRAMES_PER_CLIP = 1
+    # Frames leave the loader with their short side at FRAME_SIZE at most.
+    cfg.INPUT.VIEWS.FRAME_SIZE = 256
+    # Share of the frame's area that a crop has.
+    cfg.INPUT.VIEWS.CROP_AREA = (0.08, 1.0)
+    # Strength of the colour jitter, and the probabilities of jitter, grayscale and blur.
+    cfg.INPUT.VIEWS.JITTER_STRENGTH = 1.0
+    cfg.INPUT.VIEWS.JITTER_PROB = 0.8
+    cfg.INPUT.VIEWS.GRAYSCALE_PROB = 0.2
+    cfg.INPUT.VIEWS.BLUR_PROB = 0.5
 
 
 def _add_localizer(cfg: CN) -> None:
@@ -91,6 +108,31 @@ def _add_localizer(cfg: CN) -> None:
     node.MAX_SCALE = 100.0
     # Negatives from all processes, with gradients.
     node.GATHER = True
+    # The localisation objective: "nce" (eq. 1), or, for the comparisons of Table 2, "bce" (Objects
+    # that Sound: a scaled and shifted score, matching pairs against others) or "triplet" (with
+    # MARGIN; Senocak et al.). POOL may also be "attention" (Senocak et al.: the sound attends to
+    # the map). NORMALIZE False leaves the embeddings as they are, as Objects that Sound does.
+    node.OBJECTIVE = "nce"
+    node.NORMALIZE = True
+    node.MARGIN = 1.0
+    # Weights (.pth, .pkl) that the visual encoder starts from: SimCLR's, another localizer's, or
+    # what tools/convert_simclr_to_d2.py wrote. MODEL.WEIGHTS is for the whole localizer; these are
+    # then not used.
+    node.BACKBONE_WEIGHTS = ""
+    # A dictionary of objects (DSOL) that tools/build_object_dictionary.py wrote. With it inference
+    # has a box for every object in it that is seen, instead of one for what is heard.
+    node.OBJECT_DICTIONARY = ""
+
+    # SimCLR: the backbone's feature that is pooled, the projection head (v1: 2 layers, v2: 3), the
+    # temperature of NT-Xent, negatives from all processes.
+    cfg.MODEL.SIMCLR = CN()
+    cfg.MODEL.SIMCLR.FEATURE = "res5"
+    cfg.MODEL.SIMCLR.NUM_LAYERS = 2
+    cfg.MODEL.SIMCLR.HIDDEN_DIM = 2048
+    cfg.MODEL.SIMCLR.OUT_DIM = 128
+    cfg.MODEL.SIMCLR.NORM = "BN"
+    cfg.MODEL.SIMCLR.TEMPERATURE = 0.1
+    cfg.MODEL.SIMCLR.GATHER = True
 
 
 def _add_spectrogram(cfg: CN) -> None:
@@ -150,17 +192,26 @@ def _add_self_boxes(cfg: CN) -> None:
     node.LOCALIZER_CONFIG = ""
     node.LOCALIZER_WEIGHTS = ""
     # Start the detector's bottom-up backbone from the localizer's visual encoder, which must be
-    # the same network (build_avol_fpn_backbone, or the same ResNet).
+    # the same network (build_avol_fpn_backbone, or the same ResNet, of which it may lack the last
+    # stages).
     node.INIT_BACKBONE = False
 
     # The row "Center Box" of Table 1: range of the sides, as fractions of the frame's.
     cfg.MODEL.CENTER_BOX = CN()
     cfg.MODEL.CENTER_BOX.SIZE_RANGE = (0.1, 1.0)
+    # The row "Selective Search": fast, quality or single; images are searched with their short side
+    # at SIZE (0: as they are); so many boxes are kept.
+    cfg.MODEL.SELECTIVE_SEARCH = CN()
+    cfg.MODEL.SELECTIVE_SEARCH.MODE = "fast"
+    cfg.MODEL.SELECTIVE_SEARCH.SIZE = 256
+    cfg.MODEL.SELECTIVE_SEARCH.MAX_BOXES = 100
 
 
 def _add_solver(cfg: CN) -> None:
-    # SGD, Adam or AdamW.
+    # SGD, Adam, AdamW or LARS.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Trust coefficient of LARS ("eeta" in SimCLR).
+    cfg.SOLVER.LARS_ETA = 0.001
     # Length of the training, and of the warm-up, in passes over the training set. Above 0 they
     # replace MAX_ITER and WARMUP_ITERS.
     cfg.SOLVER.MAX_EPOCH = 0.0
@@ -169,12 +220,27 @@ def _add_solver(cfg: CN) -> None:
 
 def _add_test(cfg: CN) -> None:
     cfg.TEST.MATCHING = CN()
-    # How clusters get names, for assessment only: hungarian, argmax, mshot or file.
+    # How clusters get names, for assessment only: hungarian, argmax, manual, mshot or file.
     cfg.TEST.MATCHING.METHOD = "hungarian"
+    # Which labels of the training clips vote: "representative" (those that stand for a test class;
+    # the paper's 15), "mappable" (those that some test class covers; the paper's 39), or "all".
+    cfg.TEST.MATCHING.SPACE = "representative"
+    # A json file {label: test class} for labels that the paper's Table A.2 does not know.
+    cfg.TEST.MATCHING.GROUPS = ""
     # Clips per cluster whose label is looked at by mshot.
     cfg.TEST.MATCHING.M = 1
     # A cluster_matching.json to be used again (METHOD "file").
     cfg.TEST.MATCHING.FILE = ""
+
+    cfg.TEST.LOCALIZATION = CN()
+    # Protocols of sound localisation that are evaluated beside AP: see
+    # avdet2/evaluation/localization.py. Empty: none.
+    cfg.TEST.LOCALIZATION.PROTOCOLS = ()
+    # Boxes below this confidence are not part of a detector's map.
+    cfg.TEST.LOCALIZATION.CONFIDENCE = 0.5
+    # Pictures of the results (precision-recall curves, the clusters' confusion ...) beside the
+    # json.
+    cfg.TEST.PLOTS = True
 
 
 def _add_pipeline(cfg: CN) -> None:
@@ -183,3 +249,7 @@ def _add_pipeline(cfg: CN) -> None:
     cfg.PIPELINE = CN()
     cfg.PIPELINE.STAGES = ()
     cfg.PIPELINE.CONFIGS = ()
+    # [KEY, VALUE] pairs, KEY as STAGE:KEY for one stage; those of the command line come after them.
+    cfg.PIPELINE.OPTIONS = ()
+    # Run only these stages and those that they need. Empty: all.
+    cfg.PIPELINE.ONLY = ()

@@ -5,9 +5,11 @@ Every file below configs/: it loads, its model can be built, and the paper's num
 
 import json
 import logging
+import os
 from functools import cache
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
 from avdet2.engine import load_cfg, resolve_epochs
+from avdet2.engine.pipeline import make_stages
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
@@ -150,7 +153,51 @@ CLASSES = {
     # 100 in all.
     "SOLVER.MAX_EPOCH": 80.0,
 }
+# "A Simple Framework for Contrastive Learning", with the square-root scaling of its App. B.
+SIMCLR = {
+    "MODEL.META_ARCHITECTURE": "SimCLR",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.PIXEL_MEAN": [0.0, 0.0, 0.0],
+    "MODEL.PIXEL_STD": [255.0, 255.0, 255.0],
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.RESNETS.NORM": "SyncBN",
+    "MODEL.RESNETS.OUT_FEATURES": ["res5"],
+    "MODEL.SIMCLR.FEATURE": "res5",
+    "MODEL.SIMCLR.NUM_LAYERS": 2,
+    "MODEL.SIMCLR.OUT_DIM": 128,
+    "MODEL.SIMCLR.NORM": "SyncBN",
+    "MODEL.SIMCLR.TEMPERATURE": 0.1,
+    "MODEL.SIMCLR.GATHER": True,
+    "INPUT.MAPPER": "FrameMapper",
+    "INPUT.FORMAT": "RGB",
+    "INPUT.RANDOM_FLIP": "horizontal",
+    "INPUT.VIEWS.SIZE": 224,
+    "INPUT.VIEWS.FRAMES_PER_CLIP": 1,
+    "INPUT.VIEWS.CROP_AREA": (0.08, 1.0),
+    "INPUT.VIEWS.JITTER_STRENGTH": 1.0,
+    "INPUT.VIEWS.JITTER_PROB": 0.8,
+    "INPUT.VIEWS.GRAYSCALE_PROB": 0.2,
+    "INPUT.VIEWS.BLUR_PROB": 0.5,
+    "SOLVER.OPTIMIZER": "LARS",
+    "SOLVER.LARS_ETA": 0.001,
+    "SOLVER.IMS_PER_BATCH": 256,
+    # The loss sees the whole batch: it is the same on any number of GPUs.
+    "SOLVER.REFERENCE_WORLD_SIZE": 0,
+    "SOLVER.MOMENTUM": 0.9,
+    "SOLVER.WEIGHT_DECAY": 1e-6,
+    "SOLVER.WEIGHT_DECAY_NORM": 0.0,
+    "SOLVER.WEIGHT_DECAY_BIAS": 0.0,
+    "SOLVER.WARMUP_FACTOR": 0.0,
+    "SOLVER.WARMUP_EPOCH": 10.0,
+    "SOLVER.MAX_EPOCH": 100.0,
+}
 PAPER = {
+    "SimCLR/simclr_R50.yaml": {
+        **SIMCLR,
+        "MODEL.RESNETS.DEPTH": 50,
+        "MODEL.SIMCLR.HIDDEN_DIM": 2048,
+    },
+    "SimCLR/simclr_R18.yaml": {**SIMCLR, "MODEL.RESNETS.DEPTH": 18},
     "AV-Localization/pretrain.yaml": {**LOCALIZER, **PRETRAIN},
     "AV-Localization/joint_K39.yaml": {**LOCALIZER, **JOINT},
     "AV-Localization/joint_K30_gaussian.yaml": {
@@ -238,6 +285,12 @@ def clips():
             23_000,
             {0: 1e-5, 500: 3.25e-4, 1000: 6.4e-4, 22_999: 6.4e-4},
         ),
+        # To 1.2 times a cosine's 0.97553 after a tenth; half of it in the middle.
+        (
+            "SimCLR/simclr_R50.yaml",
+            30_000,
+            {0: 0.0, 1500: 0.5853, 3000: 1.1706, 15_000: 0.6, 27_000: 0.02937},
+        ),
         ("AV-Localization/joint_K39.yaml", 90_000, {0: 0.005, 1: 0.005, 89_999: 0.005}),
         (
             "Unsupervised-Detection/detector_R50_FPN_K39.yaml",
@@ -260,9 +313,25 @@ def test_learning_rates(name, iterations, rates, clips):
         assert actual == pytest.approx(rate, rel=1e-3), iteration
 
 
+@pytest.mark.parametrize("name", [name for name in STAGES if "simclr" in name])
+def test_simclr_s_learning_rate_follows_its_batch(name):
+    solver = _load(name).SOLVER
+    assert solver.BASE_LR == pytest.approx(0.075 * solver.IMS_PER_BATCH**0.5)
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_models_can_be_built(name):
     cfg = _on_cpu(name)
+    if cfg.MODEL.META_ARCHITECTURE == "SelectiveSearch" and not hasattr(cv2, "ximgproc"):
+        pytest.skip("OpenCV without its contributed modules")
+    if cfg.MODEL.META_ARCHITECTURE == "SimCLR":
+        model = build_model(cfg).eval()
+        image = torch.zeros(3, 40, 64, dtype=torch.uint8)
+        with torch.no_grad():
+            features = model.extract([{"image": image}])
+        trunk = model.backbone["bottom_up"].output_shape()[cfg.MODEL.SIMCLR.FEATURE]
+        assert features.shape == (1, trunk.channels) and features.isfinite().all()
+        return
     if cfg.MODEL.RESNETS.DEPTH == 50 and "resnet" in cfg.MODEL.BACKBONE.NAME:
         # The large detector once.
         if cfg.MODEL.ROI_HEADS.NUM_CLASSES != 39:
@@ -306,31 +375,46 @@ def test_files_of_other_stages_are_where_those_write_them(name):
             assert file in ("model_final.pth", "config.yaml")
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_a_detector_has_the_classes_of_its_localizer(name):
+    cfg = _load(name)
+    folder = cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS.rpartition("/")[0]
+    if cfg.INPUT.MAPPER != "SelfBoxMapper" or cfg.MODEL.META_ARCHITECTURE == "CenterBox":
+        return
+    (teacher,) = [_load(other) for other in STAGES if _load(other).OUTPUT_DIR == folder]
+    is_warmup = cfg.MODEL.SELF_BOX.LABELS == "none"
+    expected = 1 if is_warmup else teacher.MODEL.LOCALIZER.NUM_CLUSTERS
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == expected
+    # "The larger detector resolution" (Sec. 4.3).
+    assert cfg.INPUT.MIN_SIZE_TRAIN[0] > teacher.INPUT.AV.CROP_SIZE
+
+
 @pytest.mark.parametrize("name", PIPELINES)
-def test_stages_of_a_pipeline_fit_together(name):
+def test_stages_of_a_pipeline_fit_together(name, tmp_path):
     node = _load(name).PIPELINE
     assert len(node.STAGES) == len(node.CONFIGS) == len(set(node.STAGES))
-    paths = [Path(name).parent / config for config in node.CONFIGS]
-    assert all(str(path) in STAGES for path in paths)
-    cfgs = [_load(str(path)) for path in paths]
-    localizers = [cfg for cfg in cfgs if cfg.INPUT.MAPPER == "AVMapper"]
-    detectors = [cfg for cfg in cfgs if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"]
-    assert [cfg.MODEL.LOCALIZER.LAMBDA < 1 for cfg in localizers] == [False, True]
-    # "video" is the weakly supervised detector.
-    assert [cfg.MODEL.SELF_BOX.LABELS for cfg in detectors] in (
-        ["none", "self"],
-        ["none", "self", "video"],
-    )
-    assert cfgs.index(localizers[-1]) < cfgs.index(detectors[0])
-    pretrained, teacher = (cfg.MODEL for cfg in localizers)
-    assert pretrained.AVOL == teacher.AVOL and localizers[0].INPUT == localizers[1].INPUT
-    for key in ("AUDIO_ENCODER", "HIDDEN_DIM", "EMBED_DIM", "SPECTROGRAM", "RHO_PARAM"):
-        assert pretrained.LOCALIZER[key] == teacher.LOCALIZER[key]
-    for cfg in detectors:
-        expected = 1 if cfg.MODEL.SELF_BOX.LABELS == "none" else teacher.LOCALIZER.NUM_CLUSTERS
-        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == expected
-        # "The larger detector resolution" (Sec. 4.3).
-        assert cfg.INPUT.MIN_SIZE_TRAIN[0] > localizers[-1].INPUT.AV.CROP_SIZE
+    paths = [os.path.normpath(Path(name).parent / config) for config in node.CONFIGS]
+    assert set(paths) <= set(STAGES)
+    stages = make_stages(str(CONFIGS / name), ["OUTPUT_DIR", str(tmp_path)])
+    by_weights, teachers = {}, set()
+    for stage in stages:
+        # All that it needs of other stages is there when its turn comes.
+        weights = stage.cfg.MODEL.WEIGHTS
+        source = by_weights[weights] if weights.endswith("model_final.pth") else None
+        if stage.is_localizer and source:
+            assert source.is_localizer and _encoders(stage.cfg) == _encoders(source.cfg)
+        elif not stage.is_localizer and not stage.is_simclr and not stage.eval_only:
+            teacher = by_weights[stage.cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS]
+            assert teacher.is_localizer and teacher.cfg.MODEL.LOCALIZER.LAMBDA < 1
+            assert stage.is_warmup or source.is_warmup
+            teachers.add(teacher.name)
+        by_weights[stage.weights] = stage
+    assert teachers
+
+
+def _encoders(cfg: CfgNode) -> list:
+    keys = ("AUDIO_ENCODER", "HIDDEN_DIM", "EMBED_DIM", "SPECTROGRAM", "RHO_PARAM")
+    return [cfg.INPUT, cfg.MODEL.AVOL, *(cfg.MODEL.LOCALIZER[key] for key in keys)]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -343,3 +427,26 @@ def test_a_backbone_from_the_localizer_is_the_localizer_s(name):
     for key in ("CHANNELS", "STEM_STRIDE", "POOLS"):
         assert model.AVOL[key] == teacher.AVOL[key]
     assert (model.PIXEL_MEAN, model.PIXEL_STD) == (teacher.PIXEL_MEAN, teacher.PIXEL_STD)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_backbone_from_simclr_is_simclr_s(name, tmp_path):
+    stages = make_stages(str(CONFIGS / name), ["OUTPUT_DIR", str(tmp_path)])
+    sources = {stage.weights: stage.cfg for stage in stages if stage.is_simclr}
+    targets = [stage.cfg for stage in stages if stage.cfg.MODEL.WEIGHTS in sources]
+    assert bool(targets) == bool(sources)
+    for cfg in targets:
+        source = sources[cfg.MODEL.WEIGHTS]
+        assert cfg.MODEL.BACKBONE.NAME.replace("_fpn", "") == source.MODEL.BACKBONE.NAME
+        for key in (
+            "MODEL.PIXEL_MEAN",
+            "MODEL.PIXEL_STD",
+            "INPUT.FORMAT",
+            "MODEL.RESNETS.DEPTH",
+            "MODEL.RESNETS.STRIDE_IN_1X1",
+            "MODEL.RESNETS.RES2_OUT_CHANNELS",
+            "MODEL.AVOL.CHANNELS",
+            "MODEL.AVOL.STEM_STRIDE",
+            "MODEL.AVOL.POOLS",
+        ):
+            assert _get(cfg, key) == _get(source, key), key

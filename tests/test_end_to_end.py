@@ -181,6 +181,32 @@ def test_pictures_are_drawn(finished, tiny_datasets):
         assert (folder / "pictures" / name).stat().st_size > 10_000
 
 
+def test_a_backbone_of_three_origins(tiny_datasets, tmp_path):
+    words = ["--config-file", str(CONFIGS / "synthetic_backbones.yaml"), "OUTPUT_DIR", tmp_path]
+    words += ["DATALOADER.NUM_WORKERS", "0", "MODEL.LOCALIZER.NUM_CLUSTERS", "2"]
+    words += ["SOLVER.MAX_EPOCH", "0.0", "SOLVER.WARMUP_EPOCH", "0.0", "SOLVER.MAX_ITER", "2"]
+    words += ["SOLVER.WARMUP_ITERS", "1", "SOLVER.IMS_PER_BATCH", "4"]
+    words += ["MODEL.LOCALIZER.SELF_LABEL.NUM_OPTIMIZATIONS", "1"]
+    run("run_pipeline.py", *map(str, words), datasets=tiny_datasets)
+    origins = {
+        "warmup_scratch": "no checkpoint",
+        "warmup_simclr": str(tmp_path / "simclr" / "model_final.pth"),
+        "warmup_localizer": str(tmp_path / "localizer_joint" / "model_final.pth"),
+    }
+    for name, origin in origins.items():
+        log = (tmp_path / name / "log.txt").read_text()
+        assert origin.lower() in log.lower(), name
+        # No key to change: they see the same pixels.
+        assert "trained with other settings" not in log
+    table = (tmp_path / "table.md").read_text()
+    for kind in ("scratch", "simclr", "localizer"):
+        assert f"| detector_{kind} |" in table
+    words = ["--config-file", tmp_path / "detector_simclr" / "config.yaml", "--k", "5"]
+    words += ["DATALOADER.NUM_WORKERS", "0"]
+    printed = run("probe_features.py", *map(str, words), datasets=tiny_datasets)
+    assert f"| {tmp_path}/detector_simclr/model_final.pth | 18 + 6 |" in printed
+
+
 def test_own_videos_need_one_key(tiny_datasets, tmp_path):
     words = ["--config-file", str(CONFIGS / "own_videos_pipeline.yaml"), "OUTPUT_DIR", tmp_path]
     words += ["DATASETS.VIDEOS", tiny_datasets / "synthetic_av" / "test"]

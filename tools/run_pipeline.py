@@ -5,10 +5,15 @@ Runs all stages in one go, each through tools/train_net.py, and prints one table
 
     python tools/run_pipeline.py --config-file configs/quick_schedules/synthetic_pipeline.yaml
     python tools/run_pipeline.py --config-file configs/pipeline_K39.yaml DATASETS.VIDEOS my_videos/
+    python tools/run_pipeline.py --config-file configs/pipeline_K39_simclr.yaml DATASETS.VIDEOS ...
 
 KEY VALUE at the end holds for every stage, STAGE:KEY VALUE for one, for instance
 ``detector:SOLVER.MAX_EPOCH 40``. A stage writes to OUTPUT_DIR/STAGE. Run again, the pipeline goes
 on where it stopped; to start afresh, or with other options, choose another OUTPUT_DIR.
+
+The detector's warm-up starts from the last SimCLR stage before it, as in the third example, unless
+its MODEL.SELF_BOX.INIT_BACKBONE is True (from the localizer's visual encoder) or it has weights of
+its own.
 
 MODEL.LOCALIZER.NUM_CLUSTERS is the one place for the number of clusters: a detector on self-labels
 has as many classes.
@@ -29,7 +34,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils.logger import setup_logger
 
 from avdet2.config_file import load_cfg
-from avdet2.engine.pipeline import Stage, make_stages, split_opts
+from avdet2.engine.pipeline import Stage, make_stages, needed, split_opts
 from avdet2.evaluation.build import results_file
 from avdet2.evaluation.table import results_table
 
@@ -121,13 +126,14 @@ def main(args: argparse.Namespace) -> None:
     """
     Run all stages and print the table.
     """
-    output_dir = load_cfg(args.config_file, split_opts(args.opts)[0]).OUTPUT_DIR
+    cfg = load_cfg(args.config_file, split_opts(args.opts)[0])
+    output_dir = cfg.OUTPUT_DIR
     os.makedirs(output_dir, exist_ok=True)
     setup_logger(os.path.join(output_dir, "pipeline.txt"), name="avdet2", abbrev_name="av")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     lock = lock_folder(output_dir, args.machine_rank)
-    stages = make_stages(args.config_file, args.opts)
+    stages = needed(make_stages(args.config_file, args.opts), cfg.PIPELINE.ONLY)
     for stage in stages:
         stage.check_unchanged()
     run_stages(stages, args, lock)

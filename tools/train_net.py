@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Trains or evaluates one stage: a localizer, a detector on self-boxes, or any Detectron2 model.
+Trains or evaluates one stage: SimCLR (which is not evaluated), a localizer, a detector on
+self-boxes, or any Detectron2 model.
 
+    python tools/train_net.py --config-file configs/SimCLR/simclr_R50.yaml DATASETS.VIDEOS my_videos
     python tools/train_net.py --config-file configs/AV-Localization/pretrain.yaml
     python tools/train_net.py --config-file ... --resume
     python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth

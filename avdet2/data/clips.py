@@ -3,8 +3,9 @@
 Clip lists and folders of videos as registered data sets.
 
 A clip list is a csv file with a header, or a jsonl file with one object a line: `file`, `start` and
-`duration` in seconds, optionally `label`. What is known of the files is kept in an index, so that a
-file is opened once and not at every start.
+`duration` in seconds, optionally `label`. A clip with several labels has them joined by "|" (csv)
+or in a list (jsonl). What is known of the files is kept in an index, so that a file is opened once
+and not at every start.
 """
 
 import csv
@@ -30,13 +31,13 @@ MIN_SECONDS = 0.5
 
 class ClipRow(NamedTuple):
     """
-    A line of a clip list; `label` is a class name.
+    A line of a clip list; `label` is a class name, or several of them.
     """
 
     file: str
     start: float
     duration: float
-    label: str | None = None
+    label: str | tuple[str, ...] | None = None
 
 
 class ClipSet(NamedTuple):
@@ -86,7 +87,8 @@ def _csv_records(path: str) -> Iterator[tuple[int, list[Any]]]:
                     f"({','.join(header)}), found {len(fields)}"
                 )
             if fields:
-                yield reader.line_num, [fields[column] for column in columns]
+                record = [fields[column] for column in columns]
+                yield reader.line_num, record[:3] + [name.split("|") for name in record[3:]]
 
 
 def _jsonl_records(path: str) -> Iterator[tuple[int, list[Any]]]:
@@ -110,14 +112,27 @@ def _row(where: str, root: str, file: Any, start: Any, duration: Any, label: Any
     try:
         begin, seconds = float(start), float(duration)
         if file and 0 <= begin < math.inf and 0 < seconds < math.inf:
-            label = None if label is None else str(label).strip()
-            return ClipRow(os.path.join(root, file), begin, seconds, label or None)
+            return ClipRow(os.path.join(root, file), begin, seconds, _label(label))
     except (TypeError, ValueError):
         pass
     raise ValueError(
         f"{where}: expected a file name, a start of at least 0 and a duration above 0, in seconds, "
         f"found {file!r}, {start!r}, {duration!r}"
     )
+
+
+def _label(label: Any) -> str | tuple[str, ...] | None:
+    given = label if isinstance(label, list) else [label]
+    # Each once, in the order of the list.
+    names = dict.fromkeys(str(name).strip() for name in given if name is not None)
+    names.pop("", None)
+    return tuple(names) if len(names) > 1 else next(iter(names), None)
+
+
+def _label_names(label: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if label is None:
+        return ()
+    return (label,) if isinstance(label, str) else label
 
 
 def clips_from_folder(folder: str, clip_seconds: float = 10.0) -> list[ClipRow]:
@@ -162,7 +177,8 @@ def scan_clips(
 
     Returns:
         Clip dicts with `file_name` (absolute), `start`, `duration` (seconds), `width`, `height`,
-        `sample_id` = `image_id` = 0, 1, ... and, where labelled, `label` (index into the classes).
+        `sample_id` = `image_id` = 0, 1, ... and, where labelled, `label` (index into the classes);
+        a clip with several labels has `labels` (a list of them) instead.
 
     Raises:
         ValueError: for a wrong list, an unknown label, or where nothing usable is left.
@@ -181,7 +197,7 @@ def scan_clips(
         base = os.path.abspath(root or os.path.dirname(source))
         rows = read_clip_list(source, base)
         # Of all rows: a file that is missing must not renumber the classes.
-        labels = {row.label for row in rows if row.label is not None}
+        labels = {name for row in rows for name in _label_names(row.label)}
         key = list_key(source, base)
         facts = file_facts(dict.fromkeys(row.file for row in rows), key, index, source)
         rows, skipped = _within_files(rows, facts)
@@ -238,8 +254,8 @@ def training_clips(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str
 
     Returns:
         tuple: new clip dicts whose `sample_id` = `image_id` is their place in the list and whose
-        `label`, where there is one, counts the merged class names; and these: the data sets'
-        `label_classes` in the order in which they first occur.
+        `label` or `labels`, where there are, count the merged class names; and these: the data
+        sets' `label_classes` in the order in which they first occur.
 
     Raises:
         ValueError: no data set, an empty one, or a label without a name.
@@ -258,6 +274,8 @@ def training_clips(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str
             clip = {**clip, "sample_id": len(merged), "image_id": len(merged)}
             if "label" in clip:
                 clip["label"] = _renumbered(clip["label"], places, name)
+            if "labels" in clip:
+                clip["labels"] = [_renumbered(label, places, name) for label in clip["labels"]]
             merged.append(clip)
     return merged, list(place_of)
 
@@ -287,10 +305,14 @@ def _clip_dicts(
             "sample_id": i,
             "image_id": i,
         }
-        if label is not None:
-            if label not in ids:
-                raise ValueError(f"{source}: label {label!r} is not among the classes {classes}")
-            clip["label"] = ids[label]
+        names = _label_names(label)
+        for name in names:
+            if name not in ids:
+                raise ValueError(f"{source}: label {name!r} is not among the classes {classes}")
+        if len(names) == 1:
+            clip["label"] = ids[names[0]]
+        elif names:
+            clip["labels"] = [ids[name] for name in names]
         clips.append(clip)
     return clips
 

@@ -184,6 +184,11 @@ class SelfBoxMapper:
     def _label(self, dataset_dict: dict, cluster: int) -> int:
         if self.labels != "video":
             return cluster
+        if "labels" in dataset_dict:
+            raise ValueError(
+                f"{dataset_dict['file_name']} has several labels: LABELS video needs one a clip, "
+                "such as audioset_instruments_13_solo_train"
+            )
         label = dataset_dict.get("label", -1)
         if not 0 <= label < self.num_classes:
             raise ValueError(

@@ -7,23 +7,27 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 
 from avdet2.config_file import flat_items, load_cfg
 from avdet2.engine.defaults import use_own_videos
+from avdet2.evaluation.baselines import BoxBaseline
 from avdet2.evaluation.build import results_file
 
 FINAL = "model_final.pth"
+WEIGHTS = "MODEL.WEIGHTS"
 LOCALIZER_CONFIG = "MODEL.SELF_BOX.LOCALIZER_CONFIG"
 LOCALIZER_WEIGHTS = "MODEL.SELF_BOX.LOCALIZER_WEIGHTS"
+BACKBONE_WEIGHTS = "MODEL.LOCALIZER.BACKBONE_WEIGHTS"
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 # Begin the keys that may differ when a stage goes on, and those that only its evaluation reads.
 FREE = (
     "DATALOADER.NUM_WORKERS",
     "DATASETS.PREPARED",
     "MODEL.DEVICE",
-    "MODEL.WEIGHTS",
     "OUTPUT_DIR",
     "PIPELINE.",
     "SOLVER.CHECKPOINT_PERIOD",
@@ -72,11 +76,15 @@ class Stage:
         """
         A model without weights is only evaluated.
         """
-        return self.cfg.MODEL.META_ARCHITECTURE == "CenterBox"
+        return _is_baseline(self.cfg)
 
     @property
     def is_localizer(self) -> bool:
         return self.cfg.MODEL.META_ARCHITECTURE == "AVLocalizer"
+
+    @property
+    def is_simclr(self) -> bool:
+        return self.cfg.MODEL.META_ARCHITECTURE == "SimCLR"
 
     @property
     def is_warmup(self) -> bool:
@@ -114,7 +122,7 @@ class Stage:
         if not (self.eval_only or self.is_trained()):
             return False
         results = results_file(self.folder)
-        if not self.cfg.DATASETS.TEST:
+        if self.is_simclr or not self.cfg.DATASETS.TEST:
             return True
         # Results may also be those of an evaluation during the training.
         return os.path.isfile(results) and (
@@ -131,6 +139,9 @@ class Stage:
         if not os.path.isfile(config) or not (done or self.last_checkpoint):
             return
         old, new = _comparable(load_cfg(config)), _comparable(self.cfg)
+        # An evaluation writes a config too, with the weights that it evaluates.
+        if old[WEIGHTS] == json.dumps(os.path.join(self.name, FINAL)):
+            old[WEIGHTS] = new[WEIGHTS]
         changed = [
             f"{key} was {old[key]}, is now {new[key]}"
             for key in sorted(new)
@@ -156,11 +167,11 @@ class Stage:
         words += ["--machine-rank", str(args.machine_rank), "--dist-url", args.dist_url]
         trained = not self.eval_only and self.is_trained()
         words.append("--eval-only" if self.eval_only or trained else "--resume")
-        return words + self.opts + (["MODEL.WEIGHTS", self.weights] if trained else [])
+        return words + self.opts + ([WEIGHTS, self.weights] if trained else [])
 
     def _check_weights(self) -> None:
         weights = self.cfg.MODEL.WEIGHTS
-        if "MODEL.WEIGHTS" in self.opts[::2] or os.path.basename(weights) != FINAL:
+        if WEIGHTS in self.opts[::2] or os.path.basename(weights) != FINAL:
             return
         raise ValueError(
             f"stage {self.name} starts from another stage's weights, {weights} in "
@@ -184,8 +195,12 @@ class Stage:
 def links(cfg: CfgNode, before: list[Stage]) -> list[str]:
     """
     KEY VALUE pairs by which a stage takes weights, localizer and number of classes from those
-    before it: a localizer goes on from the last localizer, a detector learns from it and goes on
-    from the class-agnostic warm-up.
+    before it.
+
+    A localizer with clusters goes on from the last one without. A detector learns from the last
+    localizer. A class-agnostic warm-up starts from the last SimCLR stage, unless
+    MODEL.SELF_BOX.INIT_BACKBONE (from the localizer) or MODEL.WEIGHTS of its own say otherwise; a
+    class-aware detector goes on from the last warm-up.
 
     Args:
         cfg: of the stage, as it is without these pairs.
@@ -193,20 +208,65 @@ def links(cfg: CfgNode, before: list[Stage]) -> list[str]:
     """
     localizers = [stage for stage in before if stage.is_localizer]
     if cfg.MODEL.META_ARCHITECTURE == "AVLocalizer":
-        return ["MODEL.WEIGHTS", localizers[-1].weights] if localizers else []
-    if cfg.INPUT.MAPPER != "SelfBoxMapper" or cfg.MODEL.META_ARCHITECTURE == "CenterBox":
+        return _weights_of(_predecessors(cfg, localizers))
+    if cfg.INPUT.MAPPER != "SelfBoxMapper" or _is_baseline(cfg):
         return []
-    opts, labels = [], cfg.MODEL.SELF_BOX.LABELS
+    opts, node = [], cfg.MODEL.SELF_BOX
     if localizers:
         teacher = localizers[-1]
         opts += [LOCALIZER_CONFIG, os.path.join(teacher.folder, "config.yaml")]
         opts += [LOCALIZER_WEIGHTS, teacher.weights]
-        if labels == "self":
+        if node.LABELS == "self":
             opts += [NUM_CLASSES, str(teacher.cfg.MODEL.LOCALIZER.NUM_CLUSTERS)]
-    if labels == "none":
-        return [*opts, NUM_CLASSES, "1"]
-    warmups = [stage for stage in before if stage.is_warmup]
-    return [*opts, "MODEL.WEIGHTS", warmups[-1].weights] if warmups else opts
+    if node.LABELS != "none":
+        return opts + _weights_of([stage for stage in before if stage.is_warmup])
+    opts += [NUM_CLASSES, "1"]
+    # A name that stages give their weights is another stage's: it is linked, or refused.
+    if node.INIT_BACKBONE or os.path.basename(cfg.MODEL.WEIGHTS) not in ("", FINAL):
+        return opts
+    return opts + _weights_of([stage for stage in before if stage.is_simclr])
+
+
+def _predecessors(cfg: CfgNode, localizers: list[Stage]) -> list[Stage]:
+    """
+    Those of the localizers that one of this config may go on from.
+    """
+    pretrained = [stage for stage in localizers if stage.cfg.MODEL.LOCALIZER.LAMBDA == 1]
+    if cfg.MODEL.LOCALIZER.LAMBDA < 1:
+        return pretrained or localizers
+    # Several are trained from the start, one beside the other, if nothing else is asked for.
+    return pretrained if os.path.basename(cfg.MODEL.WEIGHTS) == FINAL else []
+
+
+def _is_baseline(cfg: CfgNode) -> bool:
+    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return isinstance(model, type) and issubclass(model, BoxBaseline)
+
+
+def _weights_of(stages: list[Stage]) -> list[str]:
+    return [WEIGHTS, stages[-1].weights] if stages else []
+
+
+def needed(stages: list[Stage], names: Sequence[str]) -> list[Stage]:
+    """
+    The stages of these names and all that they are linked to, in order.
+
+    Args:
+        stages: of :func:`make_stages`.
+        names: of the wanted ones; none: all.
+
+    Raises:
+        ValueError: there is no stage of such a name.
+    """
+    unknown = set(names) - {stage.name for stage in stages}
+    if unknown:
+        raise ValueError(f"PIPELINE.ONLY: there is no stage {', '.join(sorted(unknown))}")
+    wanted = set(names or [stage.name for stage in stages])
+    for stage in reversed(stages):
+        if stage.name in wanted:
+            files = {os.path.dirname(word) for word in stage.opts[1::2]}
+            wanted |= {other.name for other in stages if other.folder in files}
+    return [stage for stage in stages if stage.name in wanted]
 
 
 def split_opts(opts: list[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -232,13 +292,14 @@ def make_stages(config_file: str, opts: list[str]) -> list[Stage]:
 
     Args:
         config_file: of the pipeline; its PIPELINE.CONFIGS are relative to it.
-        opts: KEY VALUE and STAGE:KEY VALUE.
+        opts: KEY VALUE and STAGE:KEY VALUE; the config's PIPELINE.OPTIONS come before them.
 
     Raises:
         ValueError: it is no pipeline, or the options do not fit together.
     """
-    shared, special = split_opts(opts)
-    cfg = load_cfg(config_file, shared)
+    cfg = load_cfg(config_file, split_opts(opts)[0])
+    own_opts = [str(word) for pair in cfg.PIPELINE.OPTIONS for word in pair]
+    shared, special = split_opts([*own_opts, *opts])
     names, configs = cfg.PIPELINE.STAGES, cfg.PIPELINE.CONFIGS
     if not names or len(names) != len(configs):
         raise ValueError(
@@ -262,10 +323,13 @@ def _comparable(cfg: CfgNode) -> dict[str, str]:
     """
     values = dict(flat_items(cfg))
     root = os.path.dirname(os.path.abspath(cfg.OUTPUT_DIR))
-    for key in (LOCALIZER_CONFIG, LOCALIZER_WEIGHTS):
+    for key in (LOCALIZER_CONFIG, LOCALIZER_WEIGHTS, BACKBONE_WEIGHTS, WEIGHTS):
         path = os.path.abspath(values[key])
         # The same after the whole pipeline has been moved.
         if path.startswith(root + os.sep):
             values[key] = os.path.relpath(path, root)
+        # Weights from elsewhere are read once, and may have been moved or deleted since.
+        elif key == WEIGHTS:
+            values[key] = ""
     # Lists and tuples are the same.
     return {k: json.dumps(value) for k, value in values.items() if not k.startswith(FREE)}

@@ -25,21 +25,22 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 
-from avdet2.data import AVMapper, SelfBoxMapper
+from avdet2.data import AVMapper, FrameMapper, SelfBoxMapper
 from avdet2.data.clips import training_clips
 from avdet2.engine.defaults import resolve_epochs
 from avdet2.engine.hooks import SelfLabelHook
+from avdet2.engine.lars import LARS
 from avdet2.evaluation.build import build_evaluator, results_file
 from avdet2.evaluation.inference import ReadableLoader
-from avdet2.modeling.frozen import check_hand_over, init_backbone
-from avdet2.modeling.meta_arch import AVLocalizer
+from avdet2.modeling.frozen import check_hand_over, holds_localizer, init_backbone
+from avdet2.modeling.meta_arch import AVLocalizer, SimCLR
 
 logger = logging.getLogger(__name__)
 
 
 class AVTrainer(DefaultTrainer):
     """
-    A DefaultTrainer for every stage: localizer, detector on self-boxes, and stock models.
+    A DefaultTrainer for every stage: SimCLR, localizer, detector on self-boxes, and stock models.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -72,15 +73,25 @@ class AVTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
-        As stock; a new detector may start from the localizer's visual encoder before
-        MODEL.WEIGHTS are loaded, and a localizer's MODEL.WEIGHTS must fit.
+        As stock; a new model's backbone may first start from another model's, and MODEL.WEIGHTS,
+        which have the last word, must fit.
         """
         if not (resume and self.checkpointer.has_checkpoint()):
-            node, model = self.cfg.MODEL.SELF_BOX, unwrap(self._trainer.model)
-            check_hand_over(model, self.cfg.MODEL.WEIGHTS)
-            if node.INIT_BACKBONE:
-                init_backbone(model.backbone, node.LOCALIZER_WEIGHTS)
+            self._hand_over()
         super().resume_or_load(resume)
+
+    def _hand_over(self) -> None:
+        node, model = self.cfg.MODEL, unwrap(self._trainer.model)
+        check_hand_over(model, node.WEIGHTS)
+        if node.SELF_BOX.INIT_BACKBONE and not isinstance(model, AVLocalizer | SimCLR):
+            key = "MODEL.SELF_BOX.LOCALIZER_WEIGHTS (INIT_BACKBONE)"
+            init_backbone(model.backbone, node.SELF_BOX.LOCALIZER_WEIGHTS, key, last_stages=False)
+        weights = node.LOCALIZER.BACKBONE_WEIGHTS
+        if isinstance(model, AVLocalizer) and weights:
+            if holds_localizer(node.WEIGHTS):
+                logger.info(f"MODEL.WEIGHTS are a whole localizer: {weights} is not used")
+            else:
+                init_backbone(model.visual_encoder, weights, "MODEL.LOCALIZER.BACKBONE_WEIGHTS")
 
     def build_hooks(self) -> list[HookBase]:
         """
@@ -108,17 +119,19 @@ class AVTrainer(DefaultTrainer):
             weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
             overrides={"rho_scale": {"weight_decay": 0.0}},
         )
-        if solver.OPTIMIZER == "SGD":
-            optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
-            return optimizer(
-                params, solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV
-            )
-        adaptive = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
-        if solver.OPTIMIZER not in adaptive:
+        momentum = {"momentum": solver.MOMENTUM}
+        choices = {
+            "SGD": (torch.optim.SGD, {**momentum, "nesterov": solver.NESTEROV}),
+            "Adam": (torch.optim.Adam, {}),
+            "AdamW": (torch.optim.AdamW, {}),
+            "LARS": (LARS, {**momentum, "eta": solver.LARS_ETA}),
+        }
+        if solver.OPTIMIZER not in choices:
             raise ValueError(
-                f"SOLVER.OPTIMIZER must be SGD, Adam or AdamW, not {solver.OPTIMIZER!r}"
+                f"SOLVER.OPTIMIZER must be one of {', '.join(choices)}, not {solver.OPTIMIZER!r}"
             )
-        return maybe_add_gradient_clipping(cfg, adaptive[solver.OPTIMIZER])(params, solver.BASE_LR)
+        optimizer, options = choices[solver.OPTIMIZER]
+        return maybe_add_gradient_clipping(cfg, optimizer)(params, solver.BASE_LR, **options)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
@@ -130,6 +143,7 @@ class AVTrainer(DefaultTrainer):
             "DatasetMapper": lambda: DatasetMapper(cfg, is_train=True),
             "AVMapper": lambda: AVMapper(cfg, "random"),
             "SelfBoxMapper": lambda: SelfBoxMapper(cfg),
+            "FrameMapper": lambda: FrameMapper(cfg),
         }
         if cfg.INPUT.MAPPER not in mappers:
             raise ValueError(
@@ -160,8 +174,16 @@ class AVTrainer(DefaultTrainer):
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> dict:
         """
-        As stock; the results are also written to inference/results.json in OUTPUT_DIR.
+        As stock; the results are also written to inference/results.json in OUTPUT_DIR. SimCLR,
+        which finds no boxes, has none.
         """
+        if cfg.MODEL.META_ARCHITECTURE == "SimCLR":
+            if cfg.DATASETS.TEST:
+                logger.warning(
+                    f"SimCLR is not evaluated on {cfg.DATASETS.TEST}: it finds no boxes. "
+                    "tools/probe_features.py shows what its features are worth"
+                )
+            return {}
         if evaluators is None:
             evaluators = [
                 build_evaluator(cfg, name, unwrap(model)) for name in cfg.DATASETS.TEST

@@ -12,17 +12,22 @@ from torch import nn
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.utils import comm
 
 from avdet2.data.clips import training_clips
 from avdet2.evaluation.baselines import BoxBaseline
 from avdet2.evaluation.cluster_matching import ClusterMatching
 from avdet2.evaluation.detection import SelfSupervisedDetectionEvaluator
+from avdet2.evaluation.localization_evaluator import build_localization_evaluator
+from avdet2.evaluation.plots import CURVES, LOCALIZATION, MATCHING, draw_results, read_run
 from avdet2.evaluation.votes import (
     ClusterVotes,
+    clip_labels,
     collect_votes,
     frozen_votes,
     match_votes,
     vote_quality,
+    voting_space,
 )
 from avdet2.modeling.meta_arch import AVLocalizer
 
@@ -48,6 +53,32 @@ class ClusterQuality(DatasetEvaluator):
         return {"clusters": self._quality}
 
 
+class ResultPlots(DatasetEvaluator):
+    """
+    Draws what the evaluators before it have written. A picture that fails is no lost evaluation.
+    """
+
+    def __init__(self, folder: str, files: list[str]) -> None:
+        """
+        Args:
+            folder: of the results and of the pictures.
+            files: those that this evaluation writes; others in the folder may be of an earlier one.
+        """
+        self._folder, self._files = folder, files
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        pass
+
+    def evaluate(self) -> None:
+        if not comm.is_main_process():
+            return
+        try:
+            name = os.path.basename(os.path.dirname(os.path.abspath(self._folder)))
+            draw_results({name: read_run(self._folder, self._files)}, self._folder)
+        except Exception as error:
+            logger.warning(f"the results are not drawn: {error!r}")
+
+
 def results_file(output_dir: str) -> str:
     """
     Where a run's results are written.
@@ -57,7 +88,8 @@ def results_file(output_dir: str) -> str:
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, model: nn.Module) -> DatasetEvaluator:
     """
-    An evaluator of boxes that knows how the model's classes get names.
+    An evaluator of boxes that knows how the model's classes get names, with all else that the
+    config asks for: sound localisation and pictures.
 
     Where nothing gives them names (no labelled training clips, no class in common with the test
     set), the evaluation is class-agnostic.
@@ -68,24 +100,29 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, model: nn.Module) -> Datase
         model: the model that is evaluated; a localizer's own clusters vote.
 
     Raises:
-        ValueError: TEST.MATCHING, or what it needs, is wrong.
+        ValueError: TEST.MATCHING, TEST.LOCALIZATION, or what they need, is wrong.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     if len(cfg.DATASETS.TEST) > 1:
         folder = os.path.join(folder, dataset_name)
     kind = _kind_of_classes(cfg, model)
-    if kind == "names":
-        return SelfSupervisedDetectionEvaluator(dataset_name, folder)
     matching, quality = None, {}
-    if kind != "none" and cfg.TEST.MATCHING.METHOD == "file":
+    if kind in ("clusters", "labels") and cfg.TEST.MATCHING.METHOD == "file":
         matching = _saved_matching(cfg.TEST.MATCHING.FILE)
         quality = _quality_if_possible(cfg, model) if kind == "clusters" else {}
-    elif kind != "none":
+    elif kind in ("clusters", "labels"):
         matching, quality = _match(cfg, kind, dataset_name, model)
-    boxes = SelfSupervisedDetectionEvaluator(
-        dataset_name, folder, matching, class_agnostic_only=matching is None
-    )
-    return DatasetEvaluators([boxes, ClusterQuality(quality)]) if quality else boxes
+    agnostic = matching is None and kind != "names"
+    evaluators = [SelfSupervisedDetectionEvaluator(dataset_name, folder, matching, agnostic)]
+    if quality:
+        evaluators.append(ClusterQuality(quality))
+    localization = build_localization_evaluator(cfg, dataset_name, folder, matching)
+    if localization is not None:
+        evaluators.append(localization)
+    if cfg.TEST.PLOTS:
+        files = [CURVES] + [MATCHING] * (matching is not None)
+        evaluators.append(ResultPlots(folder, files + [LOCALIZATION] * (localization is not None)))
+    return DatasetEvaluators(evaluators)
 
 
 def _match(
@@ -95,16 +132,17 @@ def _match(
     The matching by the labels of the training clips, and the quality of the clusters.
     """
     clips, train_names = training_clips(cfg.DATASETS.TRAIN) if cfg.DATASETS.TRAIN else ([], [])
-    if not any("label" in clip for clip in clips):
+    if not any(map(clip_labels, clips)):
         logger.warning("no training clip has a label: classes get no names")
         return None, {}
     # The names of a data set are known once it is loaded.
     DatasetCatalog.get(dataset_name)
-    test_names = MetadataCatalog.get(dataset_name).thing_classes
+    metadata = MetadataCatalog.get(dataset_name)
+    test_names, groups = metadata.thing_classes, metadata.get("label_groups")
     if kind == "labels":
-        return _matching_of_labels(cfg, clips, train_names, test_names), {}
+        return _matching_of_labels(cfg, clips, train_names, test_names, groups), {}
     votes = _votes(cfg, model, clips)
-    matching = match_votes(cfg, votes, clips, train_names, test_names)
+    matching = match_votes(cfg, votes, clips, train_names, test_names, groups)
     return matching, vote_quality(votes, clips, train_names)
 
 
@@ -115,24 +153,41 @@ def _votes(cfg: CfgNode, model: nn.Module, clips: list[dict]) -> ClusterVotes:
 
 
 def _matching_of_labels(
-    cfg: CfgNode, clips: list[dict], train_names: list[str], test_names: list[str]
+    cfg: CfgNode,
+    clips: list[dict],
+    train_names: list[str],
+    test_names: list[str],
+    groups: dict[str, str] | None,
 ) -> ClusterMatching | None:
     """
-    Each class of a detector that was trained with labels stands for itself, but clip lists and test
-    sets count the names in orders of their own.
+    A class of a detector that was trained with labels is its label, which stands for a test class
+    as TEST.MATCHING.SPACE says (39 labels for 15 classes in the mappable space).
     """
-    if not set(train_names) & set(test_names):
+    node = cfg.TEST.MATCHING
+    merge = node.METHOD == "manual" or node.SPACE != "representative"
+    space = voting_space(cfg, train_names, test_names, merge, groups)
+    # The extra last entry is for labels that do not vote.
+    class_of = np.append(space.to_class, -1)[space.to_label]
+    if not (class_of >= 0).any():
         logger.warning(
-            f"the training labels {train_names} share no name with the test classes {test_names}"
+            f"none of the training labels {train_names} stands for one of the test classes "
+            f"{test_names}"
         )
         return None
     # A detector may have more classes than there are labels.
     num_classes = max(cfg.MODEL.ROI_HEADS.NUM_CLASSES, len(train_names))
-    mapping = np.where(np.arange(num_classes) < len(train_names), np.arange(num_classes), -1)
-    counts = np.zeros((num_classes, len(train_names)), dtype=np.int64)
-    labels = [clip["label"] for clip in clips if "label" in clip]
-    np.add.at(counts, (labels, labels), 1)
-    return ClusterMatching(mapping, counts, "manual", train_names)
+    labels = np.arange(num_classes)
+    mapping = np.append(class_of, np.full(num_classes - len(train_names), -1))
+    sizes = np.bincount([x for clip in clips for x in clip_labels(clip)], minlength=num_classes)
+    counts = np.where(mapping[:, None] == np.arange(len(test_names)), sizes[:, None], 0)
+    fine = ClusterMatching(
+        np.where(labels < len(train_names), labels, -1),
+        np.diag(sizes)[:, : len(train_names)],
+        "manual",
+        train_names,
+        space.name,
+    )
+    return ClusterMatching(mapping, counts, "manual", test_names, space.name, fine)
 
 
 def _saved_matching(path: str) -> ClusterMatching:
@@ -151,7 +206,7 @@ def _quality_if_possible(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """
     try:
         clips, names = training_clips(cfg.DATASETS.TRAIN)
-        if not any("label" in clip for clip in clips):
+        if not any(map(clip_labels, clips)):
             return {}
         return vote_quality(_votes(cfg, model, clips), clips, names)
     except (KeyError, OSError, ValueError) as error:

@@ -26,7 +26,8 @@ class ClusterMatching:
             labels of the clips of cluster k (for "mshot", of its m clips only).
         method: one of :data:`METHODS`.
         class_names: the C names, in the order of the columns of `counts`.
-        space: what the classes are, e.g. "representative" (15), "mappable" (39) or "all".
+        space: which labels voted, e.g. "representative" (15), "mappable" (39) or "all".
+        fine: where clusters were matched with labels that then became classes, that matching.
 
     Raises:
         ValueError: the shapes disagree, or the mapping names a class that does not exist.
@@ -37,6 +38,7 @@ class ClusterMatching:
     method: str
     class_names: list[str] | None = None
     space: str | None = None
+    fine: "ClusterMatching | None" = None
 
     def __post_init__(self) -> None:
         self.mapping = _integers(self.mapping, "mapping")
@@ -108,12 +110,16 @@ class ClusterMatching:
         kept = np.flatnonzero(new_class[:-1] >= 0)
         counts[:, new_class[kept]] = self.counts[:, kept]
         names = list(class_names)
-        return ClusterMatching(new_class[self.mapping], counts, self.method, names, self.space)
+        mapping = new_class[self.mapping]
+        return ClusterMatching(mapping, counts, self.method, names, self.space, self.fine)
 
     def to_json(self, path: str | Path) -> None:
         """
         Write the matching, with its counts, where :meth:`from_json` can read it.
         """
+        Path(path).write_text(json.dumps(self._content()) + "\n")
+
+    def _content(self) -> dict:
         content = {
             "method": self.method,
             "space": self.space,
@@ -121,7 +127,7 @@ class ClusterMatching:
             "mapping": self.mapping.tolist(),
             "counts": self.counts.tolist(),
         }
-        Path(path).write_text(json.dumps(content) + "\n")
+        return content | ({"fine": self.fine._content()} if self.fine else {})
 
     @classmethod
     def from_json(cls, path: str | Path) -> "ClusterMatching":
@@ -133,7 +139,8 @@ class ClusterMatching:
         """
         try:
             content = json.loads(Path(path).read_text())
-            return cls(**content)
+            fine = cls(**content.pop("fine")) if "fine" in content else None
+            return cls(**content, fine=fine)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a cluster matching: {error}") from error
 
@@ -149,6 +156,7 @@ def match_clusters(
     groups: Sequence[int] | np.ndarray | None = None,
     class_names: Sequence[str] | None = None,
     space: str | None = None,
+    label_names: Sequence[str] | None = None,
 ) -> ClusterMatching:
     """
     Match K clusters with C classes by the labels of the clips in each cluster.
@@ -157,7 +165,8 @@ def match_clusters(
     pairs without a common clip are dropped. "argmax" gives each cluster its most frequent class,
     the lowest one on ties. "mshot" (Table 6) looks at the labels of the m clips that score highest
     for a cluster; a tie goes to the label of the best-scored of the tied clips. "manual" is
-    "hungarian" over fine classes, which are then merged into groups.
+    "hungarian" over fine classes, which are then merged into groups. A group that no other class is
+    in, and -1 for all classes that stand for none, select classes after any matching.
 
     Args:
         clusters: N integers from 0 to K - 1, the cluster of each clip (eq. 6).
@@ -170,10 +179,11 @@ def match_clusters(
             of softmax(g_v) and softmax(g_a).
         m: for "mshot": clips per cluster. Those without a label have no vote, so that a cluster may
             end without a class.
-        groups: for "manual": C integers, the group of each class from 0, or -1 for none. The
-            result's classes are the groups.
+        groups: C integers, the group of each class from 0, or -1 for none. The result's classes are
+            then the groups, and `fine` is the matching before. "manual" needs them.
         class_names: names of the result's classes, kept in the result.
-        space: what the result's classes are, kept in the result.
+        space: which labels vote, kept in the result.
+        label_names: with `groups`, names of the C classes, kept in `fine`.
 
     Raises:
         ValueError: an unknown method, a cluster or label out of range, lengths that disagree, or an
@@ -192,10 +202,13 @@ def match_clusters(
         counts = np.zeros((num_clusters, num_classes), dtype=np.int64)
         np.add.at(counts, (clusters[clips], votes), 1)
         mapping = _argmax(counts) if method == "argmax" else _hungarian(counts)
-    if method == "manual":
-        mapping, counts = _merge(mapping, counts, groups, class_names)
     names = None if class_names is None else list(class_names)
-    return ClusterMatching(mapping, counts, method, names, space)
+    if groups is None and method != "manual":
+        return ClusterMatching(mapping, counts, method, names, space)
+    labels = None if label_names is None else list(label_names)
+    fine = ClusterMatching(mapping, counts, method, labels, space)
+    mapping, counts = _merge(mapping, counts, groups, class_names)
+    return ClusterMatching(mapping, counts, method, names, space, fine)
 
 
 def _integers(values: Sequence | np.ndarray, name: str) -> np.ndarray:
@@ -276,9 +289,11 @@ def _merge(
     class_names: Sequence[str] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     if groups is None or len(groups) != counts.shape[1]:
-        raise ValueError(f"manual needs `groups`, one for each of the {counts.shape[1]} classes.")
+        raise ValueError(
+            f"Merging (manual) needs `groups`, one for each of the {counts.shape[1]} classes."
+        )
     groups = _integers(groups, "groups")
-    num_groups = groups.max() + 1 if class_names is None else len(class_names)
+    num_groups = groups.max(initial=-1) + 1 if class_names is None else len(class_names)
     _check_range(groups, -1, num_groups, "group")
     merged = np.zeros((len(counts), num_groups), dtype=np.int64)
     grouped = groups >= 0

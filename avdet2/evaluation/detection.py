@@ -3,34 +3,25 @@
 Evaluation of detectors whose classes are clusters, on top of Detectron2's COCOEvaluator.
 """
 
-import contextlib
-import io
 import itertools
 import json
 import logging
 import os
-from collections import Counter, defaultdict
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from pycocotools.cocoeval import COCOeval
 
 from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import batched_nms
 from detectron2.utils.file_io import PathManager
 
+from avdet2.evaluation.box_matching import AREAS, COCO_IOUS, evaluate_boxes
 from avdet2.evaluation.cluster_matching import ClusterMatching
-from avdet2.evaluation.detection_metrics import (
-    average_precisions,
-    check_results,
-    coco,
-    object_metrics,
-    per_class,
-    percent,
-    precision_at,
-    select_images,
-)
+from avdet2.evaluation.coco_boxes import Detections, Truth, coco, read_results, select_images
+from avdet2.evaluation.detection_metrics import object_metrics, percent, precision_metrics
+from avdet2.evaluation.plots import CURVES, detection_curves
 
 __all__ = ["SelfSupervisedDetectionEvaluator", "map_clusters"]
 
@@ -55,21 +46,54 @@ def map_clusters(results: list[dict], mapping: Sequence[int] | np.ndarray) -> li
     Returns:
         New results whose "category_id" is a class, in the order of `results`.
     """
-    classes = np.asarray(mapping)[[result["category_id"] for result in results]].tolist()
-    clusters_of = Counter(np.asarray(mapping).tolist())
-    kept, competing = [], defaultdict(list)
-    for index, label in enumerate(classes):
-        if label >= 0 and clusters_of[label] == 1:
-            kept.append(index)
-        elif label >= 0:
-            competing[results[index]["image_id"]].append(index)
-    for indices in competing.values():
-        boxes = torch.tensor([results[index]["bbox"] for index in indices]).float()
-        boxes[:, 2:] += boxes[:, :2]
-        scores = torch.tensor([results[index]["score"] for index in indices]).float()
-        labels = torch.tensor([classes[index] for index in indices])
-        kept += [indices[winner] for winner in batched_nms(boxes, scores, labels, NMS_IOU).tolist()]
-    return [{**results[index], "category_id": classes[index]} for index in sorted(kept)]
+    number: dict[int, int] = {}
+    detections = Detections(
+        np.array([number.setdefault(x["image_id"], len(number)) for x in results], dtype=np.int64),
+        np.array([x["category_id"] for x in results], dtype=np.int64),
+        np.array([x["bbox"] for x in results], dtype=float).reshape(-1, 4),
+        np.array([x["score"] for x in results], dtype=float),
+    )
+    kept, classes = _classes_of(detections, mapping)
+    return _chosen(results, kept, classes)
+
+
+def _chosen(results: list[dict], kept: np.ndarray, classes: np.ndarray) -> list[dict]:
+    chosen = zip(kept.tolist(), classes.tolist())
+    return [{**results[index], "category_id": label} for index, label in chosen]
+
+
+def _classes_of(
+    detections: Detections, mapping: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Indices and classes of the detections that :func:`map_clusters` keeps.
+    """
+    mapping = np.asarray(mapping)
+    classes = mapping[detections.labels]
+    kept = classes >= 0
+    # The extra last entry is what index -1 (no class) reads.
+    is_shared = np.append(np.bincount(mapping[mapping >= 0]) > 1, False)
+    competing = np.flatnonzero(is_shared[classes])
+    if competing.size:
+        kept[competing] = _survives(detections.take(competing, classes[competing]))
+    return np.flatnonzero(kept), classes[kept]
+
+
+def _survives(detections: Detections) -> np.ndarray:
+    """
+    Whether each detection is left by the non-maximum suppression within its image and class.
+    """
+    boxes = torch.from_numpy(detections.boxes).float()
+    boxes[:, 2:] += boxes[:, :2]
+    scores = torch.from_numpy(detections.scores).float()
+    labels = torch.from_numpy(detections.labels)
+    order = np.argsort(detections.images, kind="stable")
+    survives = torch.zeros(len(order), dtype=torch.bool)
+    ends = np.flatnonzero(np.diff(detections.images[order])) + 1
+    for of_image in map(torch.from_numpy, np.split(order, ends)):
+        winners = batched_nms(boxes[of_image], scores[of_image], labels[of_image], NMS_IOU)
+        survives[of_image[winners]] = True
+    return survives.numpy()
 
 
 class SelfSupervisedDetectionEvaluator(COCOEvaluator):
@@ -78,7 +102,8 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
 
     Tasks of the result:
 
-    * "bbox": class-aware, after :func:`map_clusters`. Stock's keys, "AP30" and "AP50-<name>".
+    * "bbox": class-aware, after :func:`map_clusters`. Stock's keys, "AP30", "AP50-<name>" and
+      "AP30-<name>".
     * "bbox_agnostic": all classes are one (the rows marked * in Table 1). All detections take part,
       those of clusters without a class too; as all clusters now share a class, :func:`map_clusters`
       repeats the suppression across them.
@@ -87,7 +112,8 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
       :mod:`avdet2.evaluation.detection_metrics`; keys that end in "_agnostic" ignore the classes.
 
     Files in `output_dir`, beside stock's: `cluster_instances_results.json` (COCO results whose
-    category_id is the cluster) and `cluster_matching.json`.
+    category_id is the cluster), `cluster_matching.json`, and `curves.json`, which
+    :mod:`avdet2.evaluation.plots` draws.
     """
 
     def __init__(
@@ -131,9 +157,7 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
     def _class_of_cluster(self) -> np.ndarray | None:
         if self._class_agnostic_only:
             return None
-        categories = self._coco_api.loadCats(sorted(self._coco_api.getCatIds()))
-        names = self._metadata.get("thing_classes", [category["name"] for category in categories])
-        matching = self._matching
+        names, matching = self._class_names(), self._matching
         if matching is None:
             return np.arange(len(names))
         if matching.class_names is not None and matching.class_names != list(names):
@@ -153,6 +177,10 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
             self._metadata.name,
         )
         return matching.mapping
+
+    def _class_names(self) -> list[str]:
+        categories = self._coco_api.loadCats(sorted(self._coco_api.getCatIds()))
+        return self._metadata.get("thing_classes", [category["name"] for category in categories])
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """
@@ -176,69 +204,104 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
         raw = list(itertools.chain.from_iterable(image["instances"] for image in predictions))
-        check_results(self._coco_api, raw)
-        self._write_clusters(raw)
-        coco_gt, mapped = self._coco_api, None
+        coco_gt = self._coco_api
+        detections = read_results(coco_gt, raw)
+        if self._matching is not None or self._class_agnostic_only:
+            self._write("cluster_instances_results.json", raw)
+        if self._matching is not None and self._output_dir:
+            self._matching.to_json(os.path.join(self._output_dir, "cluster_matching.json"))
         if img_ids is not None:
             coco_gt, raw = select_images(coco_gt, raw, img_ids)
+            detections = read_results(coco_gt, raw)
+        named = None
         if not self._class_agnostic_only:
-            mapped = map_clusters(raw, self._mapping)
-            super()._eval_predictions([{"instances": [dict(result) for result in mapped]}], img_ids)
-        if not self._do_evaluation:
-            return
-        merged = _merge_clusters(raw)
-        agnostic = average_precisions(coco_gt, merged, class_agnostic=True)
-        logger.info("Class-agnostic: %s", {key: round(ap, 3) for key, ap in agnostic.items()})
-        self._results["bbox_agnostic"] = agnostic
-        if any("sounding" in annotation for annotation in coco_gt.anns.values()):
-            metrics = object_metrics(coco_gt, merged, class_agnostic=True)
+            kept, classes = _classes_of(detections, self._mapping)
+            classes = self._dataset_ids()[classes]
+            named = detections.take(kept, classes)
+            if self._output_dir:
+                self._write("coco_instances_results.json", _chosen(raw, kept, classes))
+        if self._do_evaluation:
+            self._evaluate_boxes(Truth.of(coco_gt), _merge_clusters(detections), named)
+
+    def _evaluate_boxes(self, truth: Truth, merged: Detections, named: Detections | None) -> None:
+        """
+        Fill in the results.
+
+        Args:
+            truth: of the data set.
+            merged: all detections, as of one class.
+            named: those that have a class of the data set, or None for a class-agnostic evaluation.
+        """
+        curves = {"dataset": self._metadata.name}
+        if named is not None:
+            precision = evaluate_boxes(truth, named, areas=AREAS).precision
+            names = self._class_names()
+            objects = np.bincount(truth.labels[~truth.crowd], minlength=len(names)).tolist()
+            curves["class_aware"] = detection_curves(precision[..., 0], names, objects)
+            self._results["bbox"] = self._derive_coco_results(_as_coco(precision), "bbox", names)
+        precision = evaluate_boxes(truth, merged, class_agnostic=True).precision[..., 0]
+        curves["class_agnostic"] = detection_curves(precision)
+        self._write(CURVES, curves)
+        self._results["bbox_agnostic"] = precision_metrics(precision, None)
+        agnostic = {key: round(ap, 3) for key, ap in self._results["bbox_agnostic"].items()}
+        logger.info("Class-agnostic: %s", agnostic)
+        if (truth.sounding >= 0).any():
+            metrics = object_metrics(truth, merged, class_agnostic=True)
             metrics = {f"{key}_agnostic": value for key, value in metrics.items()}
-            if mapped is not None:
-                mapped = self._with_dataset_ids(mapped)
-                metrics = object_metrics(coco_gt, mapped, class_agnostic=False) | metrics
+            if named is not None:
+                metrics = object_metrics(truth, named, class_agnostic=False) | metrics
             self._results["bbox_objects"] = metrics
 
-    def _with_dataset_ids(self, results: list[dict]) -> list[dict]:
+    def _dataset_ids(self) -> np.ndarray:
+        """
+        The data set's category of each class.
+        """
+        classes = np.arange(len(self._class_names()))
         to_contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if to_contiguous is None:
-            return results
+            return classes
         dataset_id = {index: category for category, index in to_contiguous.items()}
-        return [{**result, "category_id": dataset_id[result["category_id"]]} for result in results]
+        return np.array([dataset_id[index] for index in classes.tolist()])
 
-    def _write_clusters(self, raw: list[dict]) -> None:
-        if not self._output_dir or (self._matching is None and not self._class_agnostic_only):
-            return
-        path = os.path.join(self._output_dir, "cluster_instances_results.json")
-        with PathManager.open(path, "w") as file:
-            json.dump(raw, file)
-        if self._matching is not None:
-            self._matching.to_json(os.path.join(self._output_dir, "cluster_matching.json"))
+    def _write(self, name: str, content: list | dict) -> None:
+        if self._output_dir:
+            with PathManager.open(os.path.join(self._output_dir, name), "w") as file:
+                # In one piece: json.dump takes three times as long.
+                file.write(json.dumps(content))
 
     def _derive_coco_results(
-        self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
+        self, coco_eval: SimpleNamespace, iou_type: str, class_names: list[str] | None = None
     ) -> dict[str, float]:
-        if coco_eval is None:
-            # Stock's answer to an empty result is NaN, but to find nothing is to score 0.
-            dataset = self._coco_api.dataset
-            nothing = coco(dataset["images"], [], dataset["categories"])
-            coco_eval = COCOeval(self._coco_api, nothing, iou_type)
-            with contextlib.redirect_stdout(io.StringIO()):
-                coco_eval.evaluate()
-                coco_eval.accumulate()
-                coco_eval.summarize()
+        """
+        Stock's metrics, and those that it does not have.
+        """
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
-        images = coco_eval.params.imgIds
-        results["AP30"] = percent(precision_at([0.3], coco_eval.cocoGt, coco_eval.cocoDt, images))
-        precision50 = coco_eval.eval["precision"][:1, :, :, 0, -1]
-        return results | per_class("AP50", class_names or [], precision50)
+        metrics = precision_metrics(coco_eval.precision[..., 0], class_names)
+        return results | {key: metrics[key] for key in metrics if key not in results}
 
 
-def _merge_clusters(results: list[dict]) -> list[dict]:
+def _as_coco(precision: np.ndarray) -> SimpleNamespace:
     """
-    The results of all clusters as those of one class.
+    What stock's :meth:`COCOEvaluator._derive_coco_results` reads of a COCOeval, and `precision` of
+    shape (14, 101, classes, 4) itself.
     """
-    present = np.unique([result["category_id"] for result in results]).astype(np.int64)
+    at_coco_ious = precision[-len(COCO_IOUS) :]
+    aps = [percent(at_coco_ious[..., 0]), percent(at_coco_ious[0, ..., 0])]
+    aps += [percent(at_coco_ious[5, ..., 0])]
+    aps += [percent(at_coco_ious[..., area]) for area in (1, 2, 3)]
+    # COCOeval has fractions, and -1 where there is nothing to count.
+    stats = np.nan_to_num(np.array(aps) / 100, nan=-1)
+    return SimpleNamespace(
+        stats=stats, eval={"precision": at_coco_ious[..., None]}, precision=precision
+    )
+
+
+def _merge_clusters(detections: Detections) -> Detections:
+    """
+    The detections of all clusters as those of one class.
+    """
+    present = np.unique(detections.labels)
     # Only clusters that occur: detections of a single one have competed already.
     mapping = np.full(present.max(initial=-1) + 1, -1)
     mapping[present] = 0
-    return map_clusters(results, mapping)
+    return detections.take(*_classes_of(detections, mapping))

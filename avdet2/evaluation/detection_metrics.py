@@ -4,28 +4,35 @@ Detection metrics on COCO ground truth and COCO results. All numbers are percent
 the ground truth has nothing to count.
 """
 
-import contextlib
-import io
 import math
-from collections import Counter
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+
+from avdet2.evaluation.box_matching import COCO_IOUS, evaluate_boxes
+from avdet2.evaluation.coco_boxes import (
+    Detections,
+    Truth,
+    check_results,
+    coco,
+    read_results,
+    select_images,
+)
 
 __all__ = [
     "average_precisions",
     "check_results",
+    "coco",
     "multi_object_rate",
     "object_metrics",
+    "per_class",
+    "percent",
+    "precision_metrics",
     "select_images",
     "silent_recall",
     "single_object_images",
 ]
-
-COCO_IOUS = np.linspace(0.5, 0.95, 10)
-MAX_DETECTIONS = 100
 
 
 def average_precisions(
@@ -46,25 +53,39 @@ def average_precisions(
 
     Returns:
         "AP" (mean over IoU .50:.05:.95), "AP50", "AP75" and "AP30", and unless class-agnostic,
-        "AP-<name>" and "AP50-<name>" for each class, NaN for one without ground truth.
+        "AP-<name>", "AP50-<name>" and "AP30-<name>" for each class, NaN for one without ground
+        truth.
 
     Raises:
         ValueError: a result with an unknown image or class, a score or box that is not finite, or a
             negative width or height.
     """
-    gt, dt = _coco_pair(coco_gt, results, class_agnostic)
-    precision = precision_at(COCO_IOUS, gt, dt)
+    detections = read_results(coco_gt, results, None if class_agnostic else coco_gt.cats)
+    precision = evaluate_boxes(Truth.of(coco_gt), detections, class_agnostic).precision[..., 0]
+    names = [coco_gt.cats[category]["name"] for category in sorted(coco_gt.getCatIds())]
+    return precision_metrics(precision, None if class_agnostic else names)
+
+
+def precision_metrics(precision: np.ndarray, names: Sequence[str] | None) -> dict[str, float]:
+    """
+    The average precisions that :func:`average_precisions` returns.
+
+    Args:
+        precision: of shape (14, 101, C), at the thresholds IOUS; -1 for no ground truth.
+        names: of the C classes; None leaves out what is per class.
+    """
+    # AP is the mean over COCO's thresholds: 0.3 must not enter it.
+    at_coco_ious = precision[-len(COCO_IOUS) :]
     metrics = {
-        "AP": percent(precision),
-        "AP50": percent(precision[0]),
-        "AP75": percent(precision[5]),
-        # A run of its own: among COCO's thresholds 0.3 would enter the mean.
-        "AP30": percent(precision_at([0.3], gt, dt)),
+        "AP": percent(at_coco_ious),
+        "AP50": percent(at_coco_ious[0]),
+        "AP75": percent(at_coco_ious[5]),
+        "AP30": percent(precision[0]),
     }
-    if not class_agnostic:
-        names = [gt.cats[category]["name"] for category in sorted(gt.getCatIds())]
-        metrics |= per_class("AP", names, precision)
-        metrics |= per_class("AP50", names, precision[:1])
+    if names is not None:
+        metrics |= per_class("AP", names, at_coco_ious)
+        metrics |= per_class("AP50", names, at_coco_ious[:1])
+        metrics |= per_class("AP30", names, precision[:1])
     return metrics
 
 
@@ -96,23 +117,9 @@ def silent_recall(
     Raises:
         ValueError: see :func:`average_precisions`.
     """
-    annotations, found = _found_objects(coco_gt, results, score, iou, class_agnostic)
-    sounding = np.array([annotation.get("sounding", -1) for annotation in annotations])
-    # _found_objects numbers the annotations from 1, and may have merged their classes.
-    originals = coco_gt.dataset["annotations"]
-    heard = {(ann["image_id"], ann["category_id"]) for ann in originals if ann.get("sounding") == 1}
-    has_twin = np.array(
-        [
-            (ann["image_id"], originals[ann["id"] - 1]["category_id"]) in heard
-            for ann in annotations
-        ],
-        bool,
-    )
-    return {
-        "silent_recall": percent(found[sounding == 0]),
-        "sounding_recall": percent(found[sounding == 1]),
-        "unheard_recall": percent(found[(sounding == 0) & ~has_twin]),
-    }
+    detections = read_results(coco_gt, results, None if class_agnostic else coco_gt.cats)
+    truth = Truth.of(coco_gt)
+    return _recalls(truth, _found(truth, detections, score, iou, class_agnostic))
 
 
 def multi_object_rate(
@@ -127,154 +134,75 @@ def multi_object_rate(
 
     Arguments and errors are those of :func:`silent_recall`.
     """
-    annotations, found = _found_objects(coco_gt, results, score, iou, class_agnostic)
-    objects = Counter(annotation["image_id"] for annotation in annotations)
-    hits = Counter(ann["image_id"] for ann, is_found in zip(annotations, found) if is_found)
-    return percent(np.array([hits[image] >= 2 for image, number in objects.items() if number >= 2]))
+    detections = read_results(coco_gt, results, None if class_agnostic else coco_gt.cats)
+    truth = Truth.of(coco_gt)
+    return _share_with_several(truth, _found(truth, detections, score, iou, class_agnostic))
 
 
 def single_object_images(coco_gt: COCO) -> list[int]:
     """
     The ids of the images with exactly one annotation, which is no crowd.
     """
-    annotations = coco_gt.dataset["annotations"]
-    number = Counter(annotation["image_id"] for annotation in annotations)
-    crowded = {ann["image_id"] for ann in annotations if ann.get("iscrowd", 0)}
-    return sorted(image for image, n in number.items() if n == 1 and image not in crowded)
+    truth = Truth.of(coco_gt)
+    return [truth.image_ids[image] for image in np.flatnonzero(_has_one_object(truth))]
 
 
-def select_images(
-    coco_gt: COCO, results: list[dict], image_ids: Collection[int]
-) -> tuple[COCO, list[dict]]:
-    """
-    Ground truth and results of some images only.
-    """
-    chosen, dataset = set(image_ids), coco_gt.dataset
-    images = [image for image in dataset["images"] if image["id"] in chosen]
-    annotations = [ann for ann in dataset["annotations"] if ann["image_id"] in chosen]
-    selected = [result for result in results if result["image_id"] in chosen]
-    return coco(images, annotations, dataset["categories"]), selected
-
-
-def object_metrics(coco_gt: COCO, results: list[dict], class_agnostic: bool) -> dict[str, float]:
+def object_metrics(
+    truth: Truth, detections: Detections, class_agnostic: bool
+) -> dict[str, float]:
     """
     :func:`silent_recall`, :func:`multi_object_rate`, and AP50 on :func:`single_object_images`.
     """
-    single = select_images(coco_gt, results, single_object_images(coco_gt))
-    return silent_recall(coco_gt, results, class_agnostic=class_agnostic) | {
-        "multi_object_rate": multi_object_rate(coco_gt, results, class_agnostic=class_agnostic),
-        "AP50_single": average_precisions(*single, class_agnostic)["AP50"],
+    found = _found(truth, detections, class_agnostic=class_agnostic)
+    chosen = _has_one_object(truth)
+    single = truth.take(chosen[truth.images]), detections.take(chosen[detections.images])
+    precision = evaluate_boxes(*single, class_agnostic, ious=[0.5]).precision
+    return _recalls(truth, found) | {
+        "multi_object_rate": _share_with_several(truth, found),
+        "AP50_single": percent(precision),
     }
 
 
-def check_results(
-    coco_gt: COCO, results: list[dict], categories: Container[int] | None = None
-) -> None:
+def _has_one_object(truth: Truth) -> np.ndarray:
     """
-    Refuse results of which COCOeval would make a wrong number, or an error without explanation.
-
-    Args:
-        coco_gt: the ground truth.
-        results: COCO results.
-        categories: the classes that may occur; default: any.
-
-    Raises:
-        ValueError: an unknown image or class, a score or box that is not finite, or a negative
-            width or height.
+    A mask of the images.
     """
-    for result in results:
-        flaw = None
-        if result["image_id"] not in coco_gt.imgs:
-            flaw = "the ground truth has no such image"
-        elif categories is not None and result["category_id"] not in categories:
-            flaw = "the ground truth has no such class"
-        elif not math.isfinite(result["score"]):
-            flaw = f"its score is {result['score']}"
-        elif not all(map(math.isfinite, result["bbox"])) or min(result["bbox"][2:]) < 0:
-            flaw = f"its box (x, y, width, height) is {result['bbox']}"
-        if flaw:
-            raise ValueError(
-                f"Cannot evaluate a detection of class {result['category_id']} in image "
-                f"{result['image_id']!r}: {flaw}."
-            )
+    number = np.bincount(truth.images, minlength=len(truth.image_ids))
+    crowds = np.bincount(truth.images[truth.crowd], minlength=len(truth.image_ids))
+    return (number == 1) & (crowds == 0)
 
 
-def _found_objects(
-    coco_gt: COCO, results: list[dict], score: float, iou: float, class_agnostic: bool
-) -> tuple[list[dict], np.ndarray]:
-    """
-    All annotations but crowds, and for each whether a detection is matched to it.
-    """
-    check_results(coco_gt, results)
-    confident = [result for result in results if result["score"] >= score]
-    gt, dt = _coco_pair(coco_gt, confident, class_agnostic)
-    matched = set()
-    for image in _evaluate([iou], gt, dt).evalImgs:
-        if image is not None:
-            matched.update(np.array(image["gtIds"])[image["gtMatches"][0] > 0].tolist())
-    annotations = [annotation for annotation in gt.anns.values() if not annotation["iscrowd"]]
-    return annotations, np.array([annotation["id"] in matched for annotation in annotations], bool)
-
-
-def precision_at(
-    ious: Sequence[float] | np.ndarray, gt: COCO, dt: COCO, image_ids: Sequence[int] | None = None
+def _found(
+    truth: Truth,
+    detections: Detections,
+    score: float = 0.3,
+    iou: float = 0.5,
+    class_agnostic: bool = False,
 ) -> np.ndarray:
     """
-    Precision of shape (IoUs, 101 recalls, classes); -1 for a class without ground truth.
+    A mask of the annotations that a detection is matched to.
     """
-    evaluation = _evaluate(ious, gt, dt, image_ids)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.accumulate()
-    return evaluation.eval["precision"][:, :, :, 0, 0]
+    confident = detections.take(detections.scores >= score)
+    return evaluate_boxes(truth, confident, class_agnostic, [iou]).found[0]
 
 
-def _evaluate(
-    ious: Sequence[float] | np.ndarray, gt: COCO, dt: COCO, image_ids: Sequence[int] | None = None
-) -> COCOeval:
-    evaluation = COCOeval(gt, dt, "bbox")
-    params = evaluation.params
-    params.iouThrs = np.asarray(ious)
-    params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
-    params.maxDets = [MAX_DETECTIONS]
-    if image_ids is not None:
-        params.imgIds = list(image_ids)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
-    return evaluation
-
-
-def _coco_pair(coco_gt: COCO, results: list[dict], class_agnostic: bool) -> tuple[COCO, COCO]:
-    """
-    Ground truth and results, checked, in the form that COCOeval takes.
-    """
-    check_results(coco_gt, results, None if class_agnostic else coco_gt.cats)
-    images, categories = coco_gt.dataset["images"], coco_gt.dataset["categories"]
-    annotations = coco_gt.dataset["annotations"]
-    if class_agnostic:
-        categories = [{"id": 1, "name": "object"}]
-        annotations = [annotation | {"category_id": 1} for annotation in annotations]
-        results = [result | {"category_id": 1} for result in results]
-    return coco(images, annotations, categories), coco(images, results, categories)
-
-
-def coco(images: list[dict], annotations: list[dict], categories: list[dict]) -> COCO:
-    """
-    A COCO object of boxes, made in memory; what annotations and results may lack is filled in.
-
-    Their ids become 1, 2, ...: COCOeval takes the id 0 for "not matched".
-    """
-    api = COCO()
-    api.dataset = {
-        "images": images,
-        "categories": categories,
-        "annotations": [
-            {"area": ann["bbox"][2] * ann["bbox"][3], "iscrowd": 0, **ann, "id": index}
-            for index, ann in enumerate(annotations, start=1)
-        ],
+def _recalls(truth: Truth, found: np.ndarray) -> dict[str, float]:
+    silent, sounding = (~truth.crowd & (truth.sounding == value) for value in (0, 1))
+    kinds = truth.images * len(truth.categories) + truth.labels
+    has_twin = np.isin(kinds, kinds[truth.sounding == 1])
+    return {
+        "silent_recall": percent(found[silent]),
+        "sounding_recall": percent(found[sounding]),
+        "unheard_recall": percent(found[silent & ~has_twin]),
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        api.createIndex()
-    return api
+
+
+def _share_with_several(truth: Truth, found: np.ndarray) -> float:
+    number, hits = (
+        np.bincount(truth.images[mask & ~truth.crowd], minlength=len(truth.image_ids))
+        for mask in (np.ones_like(found), found)
+    )
+    return percent(hits[number >= 2] >= 2)
 
 
 def percent(values: np.ndarray) -> float:

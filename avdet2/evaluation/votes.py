@@ -19,6 +19,7 @@ from detectron2.utils.file_io import PathManager
 from avdet2.data.av_mapper import AVMapper
 from avdet2.evaluation.cluster_matching import ClusterMatching, match_clusters
 from avdet2.evaluation.inference import predict_clips
+from avdet2.evaluation.label_spaces import LabelSpace, label_space, read_groups
 from avdet2.evaluation.self_labels import cluster_quality
 from avdet2.modeling.frozen import load_localizer
 from avdet2.modeling.meta_arch import AVLocalizer
@@ -26,7 +27,7 @@ from avdet2.modeling.meta_arch import AVLocalizer
 logger = logging.getLogger(__name__)
 
 # Of TEST.MATCHING.METHOD; "file" needs no votes.
-METHODS = ("hungarian", "argmax", "mshot")
+METHODS = ("hungarian", "argmax", "manual", "mshot")
 
 
 @dataclass
@@ -153,56 +154,95 @@ def _state_of(weights: str, clips: list[dict]) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns} {digest.hexdigest()}"
 
 
+def clip_labels(clip: dict) -> list[int]:
+    """
+    All video-level labels of a clip, which has a "label", "labels" or none.
+    """
+    return list(clip["labels"]) if "labels" in clip else [clip["label"]] if "label" in clip else []
+
+
+def voting_space(
+    cfg: CfgNode,
+    train_names: Sequence[str],
+    class_names: Sequence[str],
+    merge: bool,
+    groups: dict[str, str] | None = None,
+) -> LabelSpace:
+    """
+    The space that TEST.MATCHING asks for. To merge labels needs more than representatives: the
+    mappable ones vote then.
+
+    Args:
+        cfg: TEST.MATCHING is read.
+        train_names, class_names, merge: see :func:`avdet2.evaluation.label_spaces.label_space`.
+        groups: {label: test class} of the test set itself (`label_groups` in its metadata);
+            TEST.MATCHING.GROUPS has the last word.
+    """
+    node = cfg.TEST.MATCHING
+    groups = (groups or {}) | read_groups(node.GROUPS, train_names, class_names)
+    name = "mappable" if merge and node.SPACE == "representative" else node.SPACE
+    return label_space(train_names, class_names, name, groups, merge)
+
+
 def match_votes(
     cfg: CfgNode,
     votes: ClusterVotes,
     clips: list[dict],
     train_names: Sequence[str],
     class_names: Sequence[str],
+    groups: dict[str, str] | None = None,
 ) -> ClusterMatching | None:
     """
     Give clusters the names of the test classes.
 
+    The clips' labels vote that TEST.MATCHING.SPACE lets vote, each label of a clip once. In the
+    spaces "mappable" and "all" clusters are matched with labels, and those keep a name whose label
+    represents a test class; for METHOD "manual", is covered by one.
+
     Args:
         cfg: TEST.MATCHING is read.
         votes: of the training clips.
-        clips: of :func:`avdet2.data.clips.training_clips`, some of them with "label".
+        clips: of :func:`avdet2.data.clips.training_clips`, some of them with "label" or "labels".
         train_names: what the labels of the clips are called.
-        class_names: of the test set; labels of other names do not vote.
+        class_names: of the test set.
 
     Returns:
         The matching; None, with a warning, where no clip has a label of the test classes.
 
     Raises:
-        ValueError: a METHOD that does not match by votes.
+        ValueError: TEST.MATCHING is wrong.
     """
     node = cfg.TEST.MATCHING
     if node.METHOD not in METHODS:
         raise ValueError(
             f"TEST.MATCHING.METHOD must be one of {', '.join(METHODS)} or file, not "
-            f"{node.METHOD!r}; what else avdet2.evaluation.match_clusters can do is used by "
-            "writing its matching with to_json, and METHOD file"
+            f"{node.METHOD!r}"
         )
-    to_test = {name: i for i, name in enumerate(class_names)}
-    # The last entry is for clips without a label, whose index is -1.
-    targets = np.array([to_test.get(name, -1) for name in train_names] + [-1])
-    targets = targets[_labels_of(votes, clips)]
-    known = targets >= 0
-    if not known.any():
+    space = voting_space(cfg, train_names, class_names, node.METHOD == "manual", groups)
+    targets = [
+        [int(label) for label in space.to_label[labels] if label >= 0]
+        for labels in _labels_of(votes, clips)
+    ]
+    voting = np.array([bool(labels) for labels in targets])
+    if not any(space.to_class[label] >= 0 for labels in targets for label in labels):
         logger.warning(
             f"no training clip has a label of the test classes {list(class_names)}, but of "
             f"{list(train_names)}: clusters get no names"
         )
         return None
+    is_fine = space.name != "representative"
     return match_clusters(
-        votes.clusters.numpy()[known],
-        targets[known],
+        votes.clusters.numpy()[voting],
+        [labels for labels in targets if labels],
         votes.logits_v.shape[1],
-        len(class_names),
+        len(space.labels),
         method=node.METHOD,
-        scores=votes.scores.numpy()[known],
+        scores=votes.scores.numpy()[voting],
         m=node.M,
+        groups=space.to_class if is_fine else None,
         class_names=list(class_names),
+        space=space.name,
+        label_names=space.labels,
     )
 
 
@@ -210,18 +250,20 @@ def vote_quality(
     votes: ClusterVotes, clips: list[dict], train_names: Sequence[str]
 ) -> dict[str, float]:
     """
-    :func:`cluster_quality` over the labelled clips, whatever the test classes are.
+    :func:`cluster_quality` over the clips with one label, whatever the test classes are. Clips with
+    several have no single right cluster and do not count.
 
     Returns:
-        The metrics; none where no clip that votes has a label.
+        The metrics; none where no clip that votes has one label.
     """
     labels = _labels_of(votes, clips)
-    known = labels >= 0
-    if not known.any():
+    single = np.array([len(of_clip) == 1 for of_clip in labels])
+    if not single.any():
         return {}
-    clusters, num_clusters = votes.clusters.numpy()[known], votes.logits_v.shape[1]
-    return cluster_quality(clusters, labels[known], num_clusters, len(train_names))
+    clusters, num_clusters = votes.clusters.numpy()[single], votes.logits_v.shape[1]
+    known = np.array([of_clip[0] for of_clip in labels if len(of_clip) == 1])
+    return cluster_quality(clusters, known, num_clusters, len(train_names))
 
 
-def _labels_of(votes: ClusterVotes, clips: list[dict]) -> np.ndarray:
-    return np.array([clips[i].get("label", -1) for i in votes.sample_ids.tolist()])
+def _labels_of(votes: ClusterVotes, clips: list[dict]) -> list[list[int]]:
+    return [clip_labels(clips[i]) for i in votes.sample_ids.tolist()]

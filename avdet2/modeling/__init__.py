@@ -4,4 +4,8 @@ from avdet2.modeling.avol import (  # noqa: F401
     build_avol_backbone,
     build_avol_fpn_backbone,
 )
-from avdet2.modeling.meta_arch import AVLocalizer  # noqa: F401
+from avdet2.modeling.meta_arch import AVLocalizer, SimCLR  # noqa: F401
+from avdet2.modeling.tf_stem import (  # noqa: F401
+    build_tf_stem_resnet_backbone,
+    build_tf_stem_resnet_fpn_backbone,
+)

@@ -12,6 +12,8 @@ from torch import nn
 
 from detectron2.utils import comm
 
+POOLS = ("max", "avg", "attention")
+
 
 class Temperature(nn.Module):
     """
@@ -97,16 +99,51 @@ def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
 
 def heatmaps(visual: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
     """
-    Cosine similarity of every location with the sound of its own pair: rho * h_u of Sec. 3.1.
+    Scalar product of every location with the sound of its own pair: rho * h_u of Sec. 3.1 where
+    both have unit length.
 
     Args:
-        visual: of shape (N, D, h, w), unit length over D.
-        audio: of shape (N, D), unit length.
+        visual: of shape (N, D, h, w).
+        audio: of shape (N, D).
 
     Returns:
-        Tensor: of shape (N, h, w), in [-1, 1].
+        Tensor: of shape (N, h, w); in [-1, 1] for vectors of unit length.
     """
     return torch.einsum("ndhw,nd->nhw", visual, audio)
+
+
+def attention(responses: torch.Tensor) -> torch.Tensor:
+    """
+    Senocak et al.'s attention: the softmax over locations of the rectified responses.
+
+    Args:
+        responses: scalar products of locations and a sound, of shape (..., L).
+
+    Returns:
+        Tensor: of the same shape, with the sum 1 over the last axis.
+    """
+    return responses.relu().softmax(dim=-1)
+
+
+def pool_responses(responses: torch.Tensor, pool: str) -> torch.Tensor:
+    """
+    Scores of pairs from their responses at all locations.
+
+    Args:
+        responses: of shape (..., L).
+        pool: "max" (Sec. 3.1), "avg" (App. B, for pre-training), or "attention": the scalar product
+            of the sound and the visual vector that it attends to, which is the mean of the
+            responses under :func:`attention`.
+
+    Returns:
+        Tensor: of shape (...).
+    """
+    if pool == "max":
+        return responses.amax(dim=-1)
+    if pool == "avg":
+        return responses.mean(dim=-1)
+    check_pool(pool)
+    return (attention(responses) * responses).sum(dim=-1)
 
 
 def pair_scores(visual: torch.Tensor, audio: torch.Tensor, pool: str) -> torch.Tensor:
@@ -114,20 +151,17 @@ def pair_scores(visual: torch.Tensor, audio: torch.Tensor, pool: str) -> torch.T
     Scores rho * S(v, a) of all pairs of frames and sounds.
 
     Args:
-        visual: of shape (N, D, h, w), unit length over D.
-        audio: of shape (M, D), unit length.
-        pool: "max" over locations (Sec. 3.1), or "avg" (App. B, for pre-training). The average of
-            the heatmap is the heatmap of the average, so it costs one matrix product.
+        visual: of shape (N, D, h, w).
+        audio: of shape (M, D).
+        pool: see :func:`pool_responses`.
 
     Returns:
         Tensor: of shape (N, M).
     """
     if pool == "avg":
+        # The average of the heatmap is the heatmap of the average: one matrix product.
         return visual.mean(dim=(2, 3)) @ audio.t()
-    if pool != "max":
-        raise ValueError(f"POOL must be max or avg, not {pool!r}")
-    maps = torch.matmul(audio, visual.flatten(2))
-    return maps.amax(dim=2)
+    return pool_responses(torch.matmul(audio, visual.flatten(2)), pool)
 
 
 class NCELoss(nn.Module):
@@ -139,16 +173,17 @@ class NCELoss(nn.Module):
     those of the loss over the global batch.
     """
 
+    name = "nce"
+
     def __init__(self, temperature: Temperature, pool: str = "max", gather: bool = True) -> None:
         """
         Args:
             temperature: gives 1 / rho.
-            pool: see :func:`pair_scores`.
+            pool: see :func:`pool_responses`.
             gather: take negatives from all processes.
         """
         super().__init__()
-        if pool not in ("max", "avg"):
-            raise ValueError(f"POOL must be max or avg, not {pool!r}")
+        check_pool(pool)
         self.temperature, self.pool, self.gather = temperature, pool, gather
 
     def forward(
@@ -156,8 +191,8 @@ class NCELoss(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            visual: of shape (N, D, h, w), unit length over D.
-            audio: of shape (N, D), unit length.
+            visual: of shape (N, D, h, w).
+            audio: of shape (N, D).
 
         Returns:
             tuple: the loss, and the share of frames whose own sound scores highest, both scalars.
@@ -174,6 +209,15 @@ class NCELoss(nn.Module):
         loss = (F.cross_entropy(rows, target) + F.cross_entropy(columns, target)) / 2
         accuracy = (rows.detach().argmax(dim=1) == target).float().mean()
         return loss, accuracy
+
+
+def check_pool(pool: str) -> None:
+    """
+    Raises:
+        ValueError: ``pool`` is none of :data:`POOLS`.
+    """
+    if pool not in POOLS:
+        raise ValueError(f"POOL must be one of {', '.join(POOLS)}, not {pool!r}")
 
 
 def clustering_loss(

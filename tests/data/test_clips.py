@@ -80,6 +80,28 @@ def test_csv_and_jsonl_agree(tmp_path: Path) -> None:
 HEADER = "file,start,duration,label\n"
 
 
+def test_several_labels(tmp_path: Path) -> None:
+    cells = ("owl| cat |owl", '"owl, barn|cat"', "|", "cat|", "", "owl")
+    table = write_list(tmp_path / "a.csv", HEADER + "".join(f"a.mp4,0,1,{c}\n" for c in cells))
+    lists = (["owl", " cat ", "owl"], ["owl, barn", "cat"], [], ["cat", ""], None, "owl")
+    rows = [{"file": "a.mp4", "start": 0, "duration": 1, "label": names} for names in lists]
+    lines = write_list(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    expected = [("owl", "cat"), ("owl, barn", "cat"), None, "cat", None, "owl"]
+    assert [row.label for row in read_clip_list(table)] == expected
+    assert [row.label for row in read_clip_list(lines)] == expected
+
+
+def test_clips_with_several_labels(videos: Path, tmp_path: Path) -> None:
+    text = HEADER + "a.mkv,0,1,owl|ant\na.mkv,1,1,bee\na.mkv,0,2,\n"
+    source = write_list(tmp_path / "clips.csv", text)
+    found = scan_clips(source, str(videos))
+    assert found.classes == ["ant", "bee", "owl"]
+    assert [clip.get("labels") for clip in found.clips] == [[2, 0], None, None]
+    assert [clip.get("label") for clip in found.clips] == [None, 1, None]
+    with pytest.raises(ValueError, match="label 'ant' is not among the classes"):
+        scan_clips(source, str(videos), classes=["owl", "bee"])
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [
@@ -201,6 +223,18 @@ def test_several_sets_as_one(two_sets) -> None:
     assert names == ["bee", "cat", "owl", "ant"]
     assert [clip.get("label") for clip in clips] == [0, 1, None, 2, 1, 3]
     assert json.dumps(two_sets) == before
+
+
+def test_several_labels_are_renumbered(two_sets) -> None:
+    del two_sets[1][0]["label"]
+    two_sets[1][0]["labels"] = [1, 0]
+    clips, names = training_clips(("clips_a", "clips_b"))
+    assert names == ["owl", "cat", "ant", "bee"]
+    assert clips[3]["labels"] == [1, 3] and "label" not in clips[3]
+    assert two_sets[1][0]["labels"] == [1, 0]
+    two_sets[1][0]["labels"] = [0, 2]
+    with pytest.raises(ValueError, match="clips_b has the label 2"):
+        training_clips(("clips_b",))
 
 
 def test_one_set_stays_as_it_is(two_sets) -> None:

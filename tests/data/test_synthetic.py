@@ -35,6 +35,7 @@ from avdet2.data.synthetic.sounds import (
     synthesize,
 )
 from avdet2.data.synthetic.sprites import Sprite, class_hue, draw_object
+from avdet2.data.synthetic.views import CLASS_GROUPS, TEST_VIEWS
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "datasets" / "prepare_synthetic.py"
 _SMALL = Settings(size=64)
@@ -394,3 +395,36 @@ def test_registration_does_not_need_the_data(tmp_path):
     for split in ("train", "val", "test"):
         with pytest.raises(FileNotFoundError, match="prepare_synthetic.py"):
             DatasetCatalog.get(f"synthetic_absent_{split}")
+
+
+def test_other_looks_at_the_test_images():
+    def entry(image, category, **others):
+        return {"image_id": image, "category_id": category, "sounding": 0, **others}
+
+    names = ("star", "guitar", "ring")
+    truth = {
+        "info": {},
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
+        "images": [{"id": i, "sounds": []} for i in (1, 2, 3)],
+        "annotations": [entry(1, 3), entry(2, 1), entry(2, 2)],
+    }
+    before = json.dumps(truth)
+    single, multi, groups = (look(truth) for look in TEST_VIEWS.values())
+    # An image without objects is in neither.
+    assert [image["id"] for image in single["images"]] == [1]
+    assert single["annotations"] == [entry(1, 3)]
+    assert [image["id"] for image in multi["images"]] == [2]
+    assert multi["annotations"] == [
+        {"image_id": 2, "category_id": 1},
+        {"image_id": 2, "category_id": 2},
+    ]
+    assert groups["categories"] == [{"id": 1, "name": "shape"}, {"id": 2, "name": "strings"}]
+    assert groups["annotations"] == [entry(1, 1), entry(2, 1), entry(2, 2)]
+    assert [image["id"] for image in groups["images"]] == [1, 2, 3]
+    assert json.dumps(truth) == before
+
+
+def test_every_class_has_a_group():
+    assert set(CLASS_GROUPS) == set(CLASS_NAMES)
+    # A group must not be taken for a label.
+    assert not set(CLASS_GROUPS.values()) & set(CLASS_NAMES)

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from avdet2.config_file import load_cfg
-from avdet2.engine.pipeline import make_stages, split_opts
+from avdet2.engine.pipeline import make_stages, needed, split_opts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PIPELINE = str(CONFIGS / "pipeline_K39.yaml")
+SIMCLR = str(CONFIGS / "pipeline_K39_simclr.yaml")
+BACKBONES = str(CONFIGS / "quick_schedules" / "synthetic_backbones.yaml")
 TABLE = str(CONFIGS / "quick_schedules" / "synthetic_table1.yaml")
 ARGS = Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto")
 
@@ -219,3 +221,155 @@ def test_a_moved_pipeline_is_unchanged(tmp_path):
     opts = ["detector:MODEL.SELF_BOX.LOCALIZER_WEIGHTS", "x.pth"]
     with pytest.raises(ValueError, match="LOCALIZER_WEIGHTS"):
         stages_of(new, *opts, config=TABLE)["detector"].check_unchanged()
+
+
+def write_pipeline(path, *stages, pairs=()):
+    """
+    A pipeline of synthetic configs, each given as "NAME KIND".
+    """
+    names, kinds = zip(*(stage.split() for stage in stages))
+    folder = Path(TABLE).parent
+    path.write_text(
+        f"_BASE_: {TABLE}\n"
+        "PIPELINE:\n"
+        f"  STAGES: {list(names)}\n"
+        f"  CONFIGS: {[str(folder / f'synthetic_{kind}.yaml') for kind in kinds]}\n"
+        f"  OPTIONS: {list(pairs)}\n"
+    )
+    return str(path)
+
+
+def test_localizers_beside_one_another(tmp_path):
+    stages = ["a pretrain", "b pretrain", "joint joint", "other joint", "last pretrain"]
+    config = write_pipeline(tmp_path / "mine.yaml", *stages)
+    found = stages_of(tmp_path, config=config)
+    weights = {name: stage.cfg.MODEL.WEIGHTS for name, stage in found.items()}
+    assert weights == {
+        "a": "",
+        "b": "",
+        "joint": found["b"].weights,
+        "other": found["b"].weights,
+        "last": "",
+    }
+
+
+def test_a_warmup_starts_from_simclr(tmp_path):
+    stages = stages_of(tmp_path, config=SIMCLR)
+    simclr = stages["simclr"]
+    assert simclr.is_simclr and not (simclr.is_localizer or simclr.is_warmup or simclr.eval_only)
+    assert simclr.cfg.MODEL.WEIGHTS == ""
+    assert stages["detector_warmup"].cfg.MODEL.WEIGHTS == simclr.weights
+    assert stages["detector"].cfg.MODEL.WEIGHTS == stages["detector_warmup"].weights
+    # AVOL-Net is another network.
+    assert stages["localizer_pretrain"].cfg.MODEL.WEIGHTS == ""
+    assert stages["localizer_joint"].cfg.MODEL.WEIGHTS == stages["localizer_pretrain"].weights
+
+
+@pytest.mark.parametrize("weights", ["mine.pth", "elsewhere/model_final.pth", ""])
+def test_a_warmup_s_own_weights_are_no_simclr_stage_s(tmp_path, weights):
+    stages = stages_of(tmp_path, "detector_warmup:MODEL.WEIGHTS", weights, config=SIMCLR)
+    assert stages["detector_warmup"].cfg.MODEL.WEIGHTS == weights
+
+
+def test_a_backbone_from_the_localizer_is_not_simclr_s(tmp_path):
+    opts = ["detector_warmup:MODEL.SELF_BOX.INIT_BACKBONE", "True"]
+    stages = stages_of(tmp_path, *opts, config=SIMCLR)
+    assert stages["detector_warmup"].cfg.MODEL.WEIGHTS == ""
+
+
+def test_three_backbones_of_one_detector(tmp_path):
+    stages = stages_of(tmp_path, config=BACKBONES)
+    starts = {
+        name: (stages[name].cfg.MODEL.WEIGHTS, stages[name].cfg.MODEL.SELF_BOX.INIT_BACKBONE)
+        for name in stages
+        if name.startswith("warmup")
+    }
+    assert starts == {
+        "warmup_scratch": ("", False),
+        "warmup_simclr": (stages["simclr"].weights, False),
+        "warmup_localizer": ("", True),
+    }
+    for kind in ("scratch", "simclr", "localizer"):
+        warmup, detector = stages[f"warmup_{kind}"], stages[f"detector_{kind}"]
+        assert detector.cfg.MODEL.WEIGHTS == warmup.weights
+        # All else is the same.
+        for stage, other in ((warmup, "warmup_scratch"), (detector, "detector_scratch")):
+            cfg, same = stage.cfg.clone(), stages[other].cfg.clone()
+            for node in (cfg, same):
+                node.defrost()
+                node.OUTPUT_DIR = node.MODEL.WEIGHTS = ""
+                node.MODEL.SELF_BOX.INIT_BACKBONE = False
+            assert cfg == same
+
+
+def test_a_pipeline_s_own_options(tmp_path):
+    pairs = [["SEED", "5"], ["b:SOLVER.BASE_LR", "0.5"], ["a:SEED", 6]]
+    stages = ["localizer pretrain", "a warmup", "b detector"]
+    config = write_pipeline(tmp_path / "mine.yaml", *stages, pairs=pairs)
+
+    def values(*opts):
+        stages = stages_of(tmp_path, *opts, config=config).values()
+        return [(stage.cfg.SEED, stage.cfg.SOLVER.BASE_LR) for stage in stages]
+
+    assert values() == [(5, 0.0012), (6, 0.01), (5, 0.5)]
+    assert values("SEED", "7", "b:SOLVER.BASE_LR", "0.1") == [(7, 0.0012), (6, 0.01), (7, 0.1)]
+
+
+def test_simclr_is_done_without_results(tmp_path):
+    stage = stages_of(tmp_path, "DATASETS.TEST", "('some_test_set',)", config=SIMCLR)["simclr"]
+    assert not stage.is_done()
+    assert "--resume" in stage.command("train_net.py", ARGS)
+    train(stage)
+    assert stage.is_done()
+    stage.check_unchanged()
+
+
+def test_another_start_is_another_option(tmp_path):
+    name = "detector_warmup"
+    train(stages_of(tmp_path)[name])
+    with pytest.raises(ValueError, match=r'MODEL.WEIGHTS was "", is now "simclr/model_final.pth"'):
+        stages_of(tmp_path, config=SIMCLR)[name].check_unchanged()
+    # Weights that are of no stage may be moved once they have been read.
+    stages_of(tmp_path, f"{name}:MODEL.WEIGHTS", "mine.pth")[name].check_unchanged()
+    # An evaluation overwrites the config with its own weights.
+    (stage,) = [stages_of(tmp_path)[name]]
+    cfg = stage.cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = stage.weights
+    (tmp_path / name / "config.yaml").write_text(cfg.dump())
+    stage.check_unchanged()
+
+
+def test_a_localizer_s_backbone_is_an_option_of_both_stages(tmp_path):
+    opts = ["MODEL.LOCALIZER.BACKBONE_WEIGHTS", str(tmp_path / "simclr" / "model_final.pth")]
+    stages = stages_of(tmp_path, *opts, config=SIMCLR)
+    train(stages["localizer_pretrain"])
+    stages["localizer_pretrain"].check_unchanged()
+    shutil.move(tmp_path / "localizer_pretrain", tmp_path / "new" / "localizer_pretrain")
+    with pytest.raises(ValueError, match="BACKBONE_WEIGHTS"):
+        stages_of(tmp_path / "new", config=SIMCLR)["localizer_pretrain"].check_unchanged()
+    opts[1] = str(tmp_path / "new" / "simclr" / "model_final.pth")
+    stages = stages_of(tmp_path / "new", *opts, config=SIMCLR)
+    stages["localizer_pretrain"].check_unchanged()
+
+
+def test_only_some_stages_and_what_they_need(tmp_path):
+    config = CONFIGS / "Paper-Tables" / "synthetic.yaml"
+    stages = make_stages(str(config), ["OUTPUT_DIR", str(tmp_path)])
+
+    def names(*only):
+        return [stage.name for stage in needed(stages, only)]
+
+    assert names() == [stage.name for stage in stages]
+    assert names("center_box") == ["center_box"]
+    assert names("localizer_joint") == ["localizer_pretrain", "localizer_joint"]
+    assert names("detector_K3") == ["localizer_pretrain", "joint_K3", "warmup_K3", "detector_K3"]
+    assert names("attention", "detector_weak") == [
+        "attention",
+        "localizer_pretrain",
+        "localizer_joint",
+        "detector_warmup",
+        "detector_weak",
+    ]
+    with pytest.raises(ValueError, match="PIPELINE.ONLY: there is no stage detektor"):
+        needed(stages, ("detektor",))

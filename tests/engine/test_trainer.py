@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog
 
 from avdet2.data.datasets.synthetic import register_synthetic
 from avdet2.engine import AVTrainer, load_cfg
+from avdet2.engine.lars import LARS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules"
 
@@ -23,6 +24,22 @@ def tiny_av(tiny_datasets):
     if "tiny_av_train" not in DatasetCatalog.list():
         register_synthetic(str(tiny_datasets / "synthetic_av"), prefix="tiny_av")
     return "tiny_av"
+
+
+def simclr_cfg(tiny_av, output_dir, *opts):
+    cfg = load_cfg(
+        str(CONFIGS / "synthetic_simclr.yaml"),
+        [
+            *("OUTPUT_DIR", str(output_dir), "DATALOADER.NUM_WORKERS", "0"),
+            *("DATASETS.TRAIN", f"('{tiny_av}_train',)", "SOLVER.IMS_PER_BATCH", "8"),
+            *("SOLVER.MAX_EPOCH", "0.0", "SOLVER.WARMUP_EPOCH", "0.0", "SOLVER.MAX_ITER", "4"),
+            *("SOLVER.WARMUP_ITERS", "1", "SOLVER.CHECKPOINT_PERIOD", "2"),
+            *("INPUT.VIEWS.SIZE", "32", "MODEL.SIMCLR.HIDDEN_DIM", "16"),
+            *opts,
+        ],
+    )
+    cfg.freeze()
+    return cfg
 
 
 def make_cfg(tiny_av, output_dir, *opts):
@@ -184,3 +201,111 @@ def test_kmeans_is_an_option_for_the_first_labels(tiny_av, tmp_path):
     trainer = AVTrainer(make_cfg(tiny_av, tmp_path, *opts))
     trainer.train()
     assert set(trainer._trainer.model.labels.tolist()) == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def simclr_run(tiny_av, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("simclr")
+    trainer = AVTrainer(simclr_cfg(tiny_av, folder, "DATASETS.TEST", f"('{tiny_av}_test',)"))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return folder, trainer
+
+
+def test_simclr_is_trained_and_not_evaluated(simclr_run):
+    folder, trainer = simclr_run
+    assert isinstance(trainer._trainer.optimizer, LARS)
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    assert {"total_loss", "simclr/accuracy", "lr"} <= set().union(*rows)
+    assert not (folder / "inference").exists()
+    assert AVTrainer.test(trainer.cfg, trainer.model) == {}
+    model = torch.load(folder / "model_final.pth", weights_only=True)["model"]
+    assert any(key.startswith("backbone.bottom_up.conv4.") for key in model)
+
+
+def test_simclr_goes_on_with_its_momentum(simclr_run, tiny_av, tmp_path):
+    saved = interrupted(simclr_run[0], tmp_path)
+    trainer = AVTrainer(simclr_cfg(tiny_av, tmp_path))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    optimizer = trainer._trainer.optimizer.state_dict()
+    assert optimizer["state"] and equal(optimizer, saved["trainer"]["_trainer"]["optimizer"])
+
+
+def test_lars_s_settings_are_the_config_s(tiny_av, tmp_path):
+    cfg = simclr_cfg(tiny_av, tmp_path, "SOLVER.LARS_ETA", "0.02", "SOLVER.MOMENTUM", "0.7")
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = AVTrainer.build_optimizer(cfg, layers)
+    decay = {}
+    for group in optimizer.param_groups:
+        assert (group["eta"], group["momentum"], group["lr"]) == (0.02, 0.7, 0.6)
+        decay.update({id(value): group["weight_decay"] for value in group["params"]})
+    names = {name: decay[id(value)] for name, value in layers.named_parameters()}
+    assert names == {"0.weight": 1e-6, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0}
+
+
+def trunk_equals(module, state: dict, prefix: str) -> bool:
+    names = [name for name in module.state_dict() if "tracked" not in name]
+    return all(torch.equal(module.state_dict()[name], state[prefix + name]) for name in names)
+
+
+def test_a_localizer_starts_from_simclr_s_backbone(simclr_run, finished_run, tiny_av, tmp_path):
+    weights = simclr_run[0] / "model_final.pth"
+    opts = ["MODEL.LOCALIZER.BACKBONE_WEIGHTS", str(weights)]
+    state = torch.load(weights, weights_only=True)["model"]
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, *opts))
+    encoder = trainer.model.visual_encoder
+    assert not trunk_equals(encoder, state, "backbone.bottom_up.")
+    trainer.resume_or_load(resume=False)
+    assert trunk_equals(encoder, state, "backbone.bottom_up.")
+    # A whole localizer has the last word, and its backbone is then not even looked at.
+    whole = str(finished_run[0] / "model_final.pth")
+    opts = ["MODEL.LOCALIZER.BACKBONE_WEIGHTS", "nothing/there.pth"]
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, "MODEL.WEIGHTS", whole, *opts))
+    trainer.resume_or_load(resume=False)
+    state = torch.load(whole, weights_only=True)["model"]
+    assert trunk_equals(trainer.model.visual_encoder, state, "visual_encoder.")
+    with pytest.raises(ValueError, match="BACKBONE_WEIGHTS 'nothing/there.pth' is not a file"):
+        AVTrainer(make_cfg(tiny_av, tmp_path, *opts)).resume_or_load(resume=False)
+
+
+def test_a_resumed_localizer_goes_on_with_its_own_backbone(finished_run, tiny_av, tmp_path):
+    saved = interrupted(finished_run[0], tmp_path)
+    opts = ["MODEL.LOCALIZER.BACKBONE_WEIGHTS", "gone.pth"]
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, *opts))
+    trainer.resume_or_load(resume=True)
+    assert trunk_equals(trainer.model.visual_encoder, saved["model"], "visual_encoder.")
+
+
+def detector_cfg(run, tiny_av, output_dir, *opts):
+    cfg = load_cfg(
+        str(CONFIGS / "synthetic_warmup_plain.yaml"),
+        [
+            *("OUTPUT_DIR", str(output_dir), "DATALOADER.NUM_WORKERS", "0"),
+            *("DATASETS.TRAIN", f"('{tiny_av}_train',)", "DATASETS.TEST", "()"),
+            *("MODEL.SELF_BOX.LOCALIZER_CONFIG", str(run / "config.yaml")),
+            *("MODEL.SELF_BOX.LOCALIZER_WEIGHTS", str(run / "model_final.pth")),
+            *opts,
+        ],
+    )
+    cfg.freeze()
+    return cfg
+
+
+def test_a_detector_s_backbone_is_simclr_s_or_the_localizer_s(
+    simclr_run, finished_run, tiny_av, tmp_path
+):
+    run, simclr = finished_run[0], str(simclr_run[0] / "model_final.pth")
+    (run / "config.yaml").write_text(make_cfg(tiny_av, run).dump())
+    starts = {
+        "backbone.bottom_up.": (simclr, ["MODEL.WEIGHTS", simclr]),
+        "visual_encoder.": (run / "model_final.pth", ["MODEL.SELF_BOX.INIT_BACKBONE", "True"]),
+    }
+    for prefix, (weights, opts) in starts.items():
+        trainer = AVTrainer(detector_cfg(run, tiny_av, tmp_path, *opts))
+        trainer.resume_or_load(resume=False)
+        state = torch.load(weights, weights_only=True)["model"]
+        assert trunk_equals(trainer.model.backbone.bottom_up, state, prefix)
+    opts = ["MODEL.WEIGHTS", simclr, "MODEL.AVOL.CHANNELS", "(16, 32, 64, 96)"]
+    with pytest.raises(ValueError, match="another network"):
+        AVTrainer(detector_cfg(run, tiny_av, tmp_path, *opts)).resume_or_load(resume=False)

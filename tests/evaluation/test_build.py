@@ -63,7 +63,7 @@ def cfg(sets, tmp_path):
     cfg = load_cfg("")
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("build_clips",), ("build_test",)
     cfg.INPUT.MAPPER, cfg.OUTPUT_DIR = "SelfBoxMapper", str(tmp_path / "out")
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.TEST.PLOTS = 3, False
     return cfg
 
 
@@ -113,11 +113,36 @@ def test_trained_labels_are_found_by_name(cfg, tmp_path, num_classes):
     # By their place in the test set's list they would all be right.
     assert evaluate(cfg, [0, 1, 2])["bbox"]["AP"] == pytest.approx(0)
     saved = json.loads((tmp_path / "out" / "inference" / "cluster_matching.json").read_text())
-    assert saved["class_names"] == TRAIN_NAMES
-    assert saved["mapping"] == [0, 1, 2] + [-1] * (num_classes - 3)
+    assert saved["class_names"] == TEST_NAMES and saved["fine"]["class_names"] == TRAIN_NAMES
+    assert saved["mapping"] == [1, 2, 0] + [-1] * (num_classes - 3)
+    assert saved["counts"][:3] == [[0, 2, 0], [0, 0, 2], [2, 0, 0]]
     # An untrained class is none of the test set's, and no error.
     last = num_classes - 1
     assert evaluate(cfg, [last, last, last])["bbox"]["AP"] < 50
+
+
+@pytest.mark.parametrize(
+    "space, method, mapping",
+    [
+        ("representative", "hungarian", [-1, 2, 0]),
+        ("mappable", "hungarian", [2, 2, 0]),
+        ("representative", "manual", [2, 2, 0]),
+    ],
+)
+def test_trained_labels_stand_for_test_classes(cfg, tmp_path, space, method, mapping):
+    # The bull is first in the file and represents its class, the calf is only covered by it.
+    MetadataCatalog.remove("build_clips")
+    MetadataCatalog.get("build_clips").label_classes = ["calf", "bull", "owl"]
+    (tmp_path / "groups.json").write_text('{"bull": "cow", "calf": "cow", "fly": "bee"}')
+    cfg.TEST.MATCHING.GROUPS = str(tmp_path / "groups.json")
+    cfg.TEST.MATCHING.SPACE, cfg.TEST.MATCHING.METHOD = space, method
+    cfg.MODEL.SELF_BOX.LABELS = "video"
+    # Owl, bee (for which there is no label) and cow.
+    results = evaluate(cfg, [2, 2, 0])["bbox"]
+    assert results["AP-owl"] > 50 and results["AP-bee"] == 0
+    assert results["AP-cow"] == pytest.approx(100 * (mapping[0] == 2))
+    saved = json.loads((tmp_path / "out" / "inference" / "cluster_matching.json").read_text())
+    assert saved["mapping"] == mapping
 
 
 @pytest.mark.parametrize("labels", ["self", "video"])
@@ -178,6 +203,31 @@ def test_a_saved_matching_that_is_not_there(saved):
         build_evaluator(saved, "build_test", nn.Module())
 
 
+def test_pictures_lie_beside_the_results(cfg, perfect_votes, tmp_path, caplog, monkeypatch):
+    folder = tmp_path / "out" / "inference"
+    names = {"ap_over_iou.png", "precision_recall.png", "per_class.png", "per_class.md"}
+    evaluate(cfg, BY_CLUSTER)
+    assert not any((folder / name).exists() for name in names)
+    cfg.TEST.PLOTS = True
+    evaluate(cfg, BY_CLUSTER)
+    assert all((folder / name).is_file() for name in names | {"clusters.png"})
+
+    def fail(*args):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(build, "draw_results", fail)
+    assert evaluate(cfg, BY_CLUSTER)["bbox"]["AP"] == pytest.approx(100)
+    assert "not drawn: RuntimeError('no space left')" in caplog.text
+
+
+def test_localisation_is_evaluated_beside_boxes(cfg, perfect_votes, tmp_path):
+    cfg.TEST.LOCALIZATION.PROTOCOLS, cfg.TEST.PLOTS = ("single", "multi"), True
+    results = evaluate(cfg, BY_CLUSTER)
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert results["localization"]["single_IoU50"] == pytest.approx(100)
+    assert (tmp_path / "out" / "inference" / "success.png").is_file()
+
+
 @pytest.fixture
 def own_videos(tiny_datasets, tmp_path):
     """
@@ -234,7 +284,7 @@ def test_a_labelled_list_of_own_videos_with_a_test_set(own_videos, tmp_path, mon
         evaluator = build_evaluator(cfg, "built_av_test", nn.Module())
     # The second evaluation found the votes beside the localizer.
     assert len(passes) == 1 and len(list(tmp_path.glob("localizer.pth.votes-*"))) == 1
-    boxes, quality = evaluator._evaluators
+    boxes, quality, _ = evaluator._evaluators
     names = MetadataCatalog.get("built_av_test").thing_classes
     assert boxes._matching.class_names == names
     expected = np.zeros((4, len(names)), int)

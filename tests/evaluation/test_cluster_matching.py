@@ -113,6 +113,41 @@ def test_manual_merges_the_classes_after_the_matching():
     assert matching.counts.tolist() == [[0, 2], [0, 2], [0, 0], [1, 0]]
 
 
+@pytest.mark.parametrize("method", ["hungarian", "argmax", "mshot"])
+def test_groups_select_classes_after_any_matching(method):
+    # Classes 1 and 2 are the test classes 1 and 0; 0 is none. Cluster 0 holds more of 0 than of 1.
+    clusters, labels = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 1, 2]
+    scores = np.eye(3)[clusters] - np.arange(6)[:, None] / 10
+    options = dict(method=method, scores=scores, groups=[-1, 1, 0], label_names=["x", "y", "z"])
+    matching = match_clusters(clusters, labels, 3, 3, class_names=["Z", "Y"], **options)
+    assert matching.mapping.tolist() == [-1, 1, 0]
+    assert matching.fine.mapping.tolist() == [0, 1, 2]
+    assert matching.fine.class_names == ["x", "y", "z"]
+    assert matching.counts.tolist() == matching.fine.counts[:, [2, 1]].tolist()
+
+
+@pytest.mark.parametrize("num_clusters", [2, 3, 5])
+def test_fewer_equal_and_more_clusters_than_classes(num_clusters):
+    clusters = np.arange(30) % num_clusters
+    # Cluster k is class k; those beyond the classes share the first ones.
+    labels = clusters % 3
+    hungarian = match_clusters(clusters, labels, num_clusters, 3).mapping
+    assert np.unique(hungarian[hungarian >= 0]).tolist() == list(range(min(num_clusters, 3)))
+    assert np.count_nonzero(hungarian >= 0) == min(num_clusters, 3)
+    argmax = match_clusters(clusters, labels, num_clusters, 3, method="argmax").mapping
+    assert argmax.tolist() == (np.arange(num_clusters) % 3).tolist()
+
+
+def test_the_file_keeps_the_matching_with_labels(tmp_path):
+    fine = dict(groups=[0, 0, 1], label_names=["a", "b", "c"], class_names=["AB", "C"])
+    matching = match_clusters([0, 1, 2], [0, 1, 2], 3, 3, method="manual", space="mappable", **fine)
+    matching.to_json(tmp_path / "matching.json")
+    again = ClusterMatching.from_json(tmp_path / "matching.json")
+    assert again.mapping.tolist() == [0, 0, 1] and again.fine.mapping.tolist() == [0, 1, 2]
+    assert again.fine.class_names == ["a", "b", "c"] and again.fine.space == "mappable"
+    assert again.aligned(["C"]).fine.counts.tolist() == np.eye(3).tolist()
+
+
 def test_json_keeps_everything(tmp_path):
     matching = match_clusters(
         [0, 1, 1], [1, 0, 0], 3, 2, class_names=["cello", "flute"], space="representative"

@@ -188,6 +188,13 @@ def test_clusters_become_classes(toy_set, tmp_path):
     again = ClusterMatching.from_json(out / "cluster_matching.json")
     assert again.mapping.tolist() == [1, 0, -1, 2]
 
+    curves = json.loads((out / "curves.json").read_text())
+    for task, kind in (("bbox", "class_aware"), ("bbox_agnostic", "class_agnostic")):
+        ious, aps = curves[kind]["iou"], curves[kind]["AP"]
+        assert np.mean(aps[-10:]) == pytest.approx(results[task]["AP"]) and ious[-10] == 0.5
+        assert (ious[0], aps[0]) == (0.3, pytest.approx(results[task]["AP30"]))
+    assert curves["class_aware"]["classes"]["flute"]["objects"] == 3
+
 
 def test_metrics_are_stocks_where_stock_has_them(toy_set, tmp_path):
     classes = {i: [row for row in rows if row[0] < 3] for i, rows in DETECTIONS.items()}
@@ -201,7 +208,8 @@ def test_metrics_are_stocks_where_stock_has_them(toy_set, tmp_path):
     expected = _run(stock, classes)["bbox"]
     ours = _run(SelfSupervisedDetectionEvaluator(toy_set, str(tmp_path / "ours")), classes)["bbox"]
     assert {key: ours[key] for key in expected} == pytest.approx(expected, nan_ok=True)
-    assert ours.keys() - expected.keys() == {"AP30", *(f"AP50-{name}" for name in NAMES)}
+    extra = {f"{metric}-{name}" for metric in ("AP50", "AP30") for name in NAMES}
+    assert ours.keys() - expected.keys() == {"AP30"} | extra
     files = [tmp_path / run / "coco_instances_results.json" for run in ("stock", "ours")]
     assert files[0].read_text() == files[1].read_text()
     assert not (tmp_path / "ours" / "cluster_matching.json").exists()
@@ -243,6 +251,31 @@ def test_nothing_detected_scores_zero(toy_set):
         assert math.isnan(results["bbox"]["APl"])
         assert results["bbox_objects"]["silent_recall"] == 0
     assert results["bbox_agnostic"]["AP50"] > 0
+
+
+def test_a_class_without_a_cluster_scores_zero_and_counts(toy_set):
+    # Nothing stands for the harp.
+    evaluator = SelfSupervisedDetectionEvaluator(toy_set, matching=_matching([1, 0, -1, -1]))
+    bbox = _run(evaluator, DETECTIONS)["bbox"]
+    assert bbox["AP50-harp"] == bbox["AP30-harp"] == bbox["AP-harp"] == 0
+    assert bbox["AP"] == pytest.approx((bbox["AP-cello"] + bbox["AP-flute"]) / 3)
+
+
+def test_boxes_outside_the_frame(toy_set):
+    evaluator = SelfSupervisedDetectionEvaluator(toy_set, matching=_matching([1, 0, -1, 2]))
+    inside = _run(evaluator, DETECTIONS)["bbox_agnostic"]["AP50"]
+    outside = {1: [*DETECTIONS[1], (0, [90, 90, 40, 40], 0.99)], 2: DETECTIONS[2], 3: DETECTIONS[3]}
+    results = _run(evaluator, outside)
+    # A false alarm as any other: one more in front of five objects and the false alarm of before.
+    assert inside == pytest.approx(100 * 5 / 6)
+    assert results["bbox_agnostic"]["AP50"] == pytest.approx(100 * 5 / 7)
+
+
+def test_no_image_at_all_has_no_results(toy_set, caplog):
+    evaluator = SelfSupervisedDetectionEvaluator(toy_set, matching=_matching([1, 0]))
+    evaluator.reset()
+    assert evaluator.evaluate() == {}
+    assert "Did not receive valid predictions" in caplog.text
 
 
 def test_results_print_as_copypaste_lines(toy_set, caplog):
@@ -303,8 +336,10 @@ def test_bad_input_is_refused(toy_set):
         _run(evaluator, {2: [(5, A, 0.5)]})
     with pytest.raises(ValueError, match="class 3, but the classes of the data set are 3"):
         _run(SelfSupervisedDetectionEvaluator(toy_set), {2: [(3, A, 0.5)]})
-    with pytest.raises(ValueError, match="score is nan"):
-        _run(evaluator, {2: [(0, A, math.nan)]})
+    with pytest.raises(ValueError, match="image 2: its score is nan"):
+        _run(evaluator, {1: [(0, A, 0.5)], 2: [(0, A, math.nan)]})
+    with pytest.raises(ValueError, match=r"image 3: its box .* is \[0.0, 0.0, inf, 20.0\]"):
+        _run(evaluator, {3: [(0, [0, 0, math.inf, 20], 0.5)]})
     evaluator.reset()
     evaluator._predictions = [{"image_id": 77, "instances": [_result(0, A, image=77)]}]
     with pytest.raises(ValueError, match="image 77: the ground truth has no such image"):

@@ -179,7 +179,8 @@ def test_hand_computed_precision():
 def test_nothing_found_is_zero_and_no_truth_is_nan():
     api = _truth([(1, 1, A), (2, 2, B)], crowd=[1])
     metrics = average_precisions(api, [])
-    assert [metrics[name] for name in ("AP", "AP50", "AP75", "AP30", "AP-c1")] == [0] * 5
+    names = ("AP", "AP50", "AP75", "AP30", "AP-c1", "AP30-c1")
+    assert [metrics[name] for name in names] == [0] * 6
     # Class 2 has a crowd only: there is nothing to find.
     assert math.isnan(metrics["AP50-c2"])
     assert average_precisions(api, [], class_agnostic=True)["AP50"] == 0
@@ -202,6 +203,8 @@ def test_a_box_outside_the_frame_is_compared_as_it_is():
         ({"score": math.nan}, "its score is nan"),
         ({"bbox": [0, 0, math.inf, 1]}, r"its box .* is \[0, 0, inf, 1\]"),
         ({"bbox": [5, 5, -1, 1]}, "its box"),
+        ({"bbox": [5, 5, 1]}, r"its box .* is \[5, 5, 1\]"),
+        ({"score": None}, "its score is None"),
     ],
 )
 @pytest.mark.parametrize("metric", [average_precisions, silent_recall, multi_object_rate])

@@ -72,11 +72,84 @@ def test_no_common_class_gives_no_names(cfg, caplog):
     assert vote_quality(make_votes([0, 1]), clips_of([None, None]), TRAIN_CLASSES) == {}
 
 
-@pytest.mark.parametrize("method", ["manual", "best"])
-def test_methods_that_a_config_cannot_ask_for(cfg, method):
-    cfg.TEST.MATCHING.METHOD = method
-    with pytest.raises(ValueError, match=f"hungarian, argmax, mshot or file, not '{method}'"):
+def test_a_method_that_there_is_not(cfg):
+    cfg.TEST.MATCHING.METHOD = "best"
+    with pytest.raises(ValueError, match="hungarian, argmax, manual, mshot or file, not 'best'"):
         match_votes(cfg, make_votes([0, 1]), clips_of([0, 1]), TRAIN_CLASSES, TRAIN_CLASSES)
+
+
+# Two guitars and a piano that Table A.2 knows, what it has but for no class, and what it has not.
+VGGSOUND = [
+    "playing acoustic guitar",
+    "playing electric guitar",
+    "playing piano",
+    "playing sitar",
+    "dog barking",
+]
+TEST_CLASSES = ["Piano", "Guitar", "Drum"]
+# Clusters 0 to 3 hold the labels of these numbers, cluster 4 two dogs and an electric guitar.
+CLUSTERS, LABELS = [0, 0, 1, 2, 3, 4, 4, 4], [0, 0, 1, 2, 3, 4, 4, 1]
+EXPECTED = {
+    # The acoustic guitar, sitar and dog do not vote: cluster 4 is a guitar as much as 1 is, and
+    # Hungarian matching gives the class to one of them.
+    ("argmax", "representative"): [-1, 1, 0, -1, 1],
+    # They vote, and are no test class.
+    ("argmax", "mappable"): [-1, 1, 0, -1, 1],
+    ("argmax", "all"): [-1, 1, 0, -1, -1],
+    ("hungarian", "all"): [-1, 1, 0, -1, -1],
+    ("mshot", "all"): [-1, 1, 0, -1, -1],
+    # Both guitars are Guitar.
+    ("manual", "representative"): [1, 1, 0, -1, -1],
+    ("manual", "mappable"): [1, 1, 0, -1, -1],
+    ("manual", "all"): [1, 1, 0, -1, -1],
+}
+
+
+@pytest.mark.parametrize("method, space", EXPECTED)
+def test_spaces(cfg, method, space):
+    cfg.TEST.MATCHING.METHOD, cfg.TEST.MATCHING.SPACE = method, space
+    votes = make_votes(CLUSTERS, 5)
+    matching = match_votes(cfg, votes, clips_of(LABELS), VGGSOUND, TEST_CLASSES)
+    assert matching.mapping.tolist() == EXPECTED[method, space]
+    assert matching.class_names == TEST_CLASSES and matching.method == method
+    voting = {"representative": None, "mappable": VGGSOUND[:3], "all": VGGSOUND}
+    expected = "mappable" if (method, space) == ("manual", "representative") else space
+    assert matching.space == expected
+    assert (matching.fine.class_names if matching.fine else None) == voting[expected]
+
+
+def test_hungarian_over_the_mappable_labels_keeps_the_representatives(cfg):
+    # Cluster 0 holds both guitars, cluster 1 a few electric ones: over the representative labels
+    # cluster 0 is the guitar, over all mappable ones it is the acoustic guitar, which is no class.
+    clusters, labels = [0] * 9 + [1] * 3, [0] * 5 + [1] * 4 + [1] * 3
+    matchings = {}
+    for space in ("representative", "mappable"):
+        cfg.TEST.MATCHING.SPACE = space
+        votes = make_votes(clusters, 2)
+        matchings[space] = match_votes(cfg, votes, clips_of(labels), VGGSOUND, TEST_CLASSES)
+    assert matchings["representative"].mapping.tolist() == [1, -1]
+    assert matchings["mappable"].mapping.tolist() == [-1, 1]
+    assert matchings["mappable"].counts.tolist() == [[0, 4, 0], [0, 3, 0]]
+    assert matchings["mappable"].fine.counts.tolist() == [[5, 4, 0], [0, 3, 0]]
+
+
+def test_every_label_of_a_clip_votes(cfg):
+    clips = [{"labels": [0, 2]}, {"labels": [2]}, {"labels": []}, {"label": 1}, {"labels": [1, 1]}]
+    votes = make_votes([0, 0, 0, 1, 1])
+    matching = match_votes(cfg, votes, clips, TRAIN_CLASSES, TRAIN_CLASSES)
+    assert matching.counts.tolist() == [[1, 0, 2], [0, 2, 0], [0, 0, 0]]
+    assert matching.mapping.tolist() == [2, 1, -1]
+    # Quality is over the clips with one label: the second and the fourth.
+    quality = vote_quality(votes, clips, TRAIN_CLASSES)
+    assert quality["hungarian_accuracy"] == 1 and quality["clusters_used"] == 2
+    assert vote_quality(votes, [{"labels": [0, 1]}] * 5, TRAIN_CLASSES) == {}
+
+
+def test_a_space_of_labels_without_a_test_class_gives_no_names(cfg, caplog):
+    cfg.TEST.MATCHING.SPACE = "all"
+    votes, clips = make_votes([0, 1]), clips_of([0, 1])
+    assert match_votes(cfg, votes, clips, TRAIN_CLASSES, ["tuba"]) is None
+    assert "clusters get no names" in caplog.text
 
 
 @pytest.fixture

@@ -1,13 +1,23 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+import pickle
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 
 from avdet2.config import add_avdet2_config
-from avdet2.modeling.frozen import check_hand_over, init_backbone, load_localizer
+from avdet2.modeling.frozen import (
+    check_hand_over,
+    holds_localizer,
+    init_backbone,
+    load_localizer,
+    load_model_state,
+)
 
 
 def _cfg():
@@ -133,7 +143,7 @@ def test_a_localizer_does_not_start_from_a_different_one(trained, tmp_path):
         check_hand_over(build_model(cfg), weights)
     cfg = _cfg()
     cfg.MODEL.AVOL.CHANNELS = (8, 8, 12, 24)
-    with pytest.raises(ValueError, match="another shape: .*visual_encoder"):
+    with pytest.raises(ValueError, match="another network: .*visual_encoder"):
         check_hand_over(build_model(cfg), weights)
     # A part is missing, or left over.
     state = trained.state_dict()
@@ -156,6 +166,23 @@ def test_other_hand_overs_are_not_checked(trained, tmp_path):
     check_hand_over(trained.visual_encoder, _paths(tmp_path)[1])
 
 
+def test_a_detector_finds_its_backbone_in_the_weights_or_does_not_start(tmp_path):
+    simclr = _save(_simclr(_cfg()), tmp_path / "simclr.pth")
+    detector = nn.ModuleDict({"backbone": _fpn(), "head": nn.Linear(2, 2)})
+    check_hand_over(detector, simclr)
+    other = nn.ModuleDict({"backbone": _fpn((8, 8, 12, 20))})
+    with pytest.raises(ValueError, match=r"simclr.pth .*backbone\.bottom_up\.conv4"):
+        check_hand_over(other, simclr)
+    # From a model without such a backbone, or of another library's names.
+    check_hand_over(other, _save(nn.Linear(2, 2), tmp_path / "layer.pth"))
+
+
+def test_what_a_whole_localizer_is(trained, tmp_path):
+    assert holds_localizer(_paths(tmp_path)[1])
+    assert not holds_localizer(_save(trained.visual_encoder, tmp_path / "encoder.pth"))
+    assert not holds_localizer("") and not holds_localizer("nothing/there.pkl")
+
+
 def _fpn(channels=(8, 8, 12, 16)):
     cfg = _cfg()
     cfg.MODEL.BACKBONE.NAME = "build_avol_fpn_backbone"
@@ -165,27 +192,138 @@ def _fpn(channels=(8, 8, 12, 16)):
     return build_backbone(cfg)
 
 
-def test_init_backbone_copies_every_tensor(trained, tmp_path):
-    fpn = _fpn()
-    init_backbone(fpn, _paths(tmp_path)[1])
-    expected = trained.visual_encoder.state_dict()
-    actual = fpn.bottom_up.state_dict()
-    assert set(actual) == set(expected)
-    for name in expected:
+def _simclr(cfg):
+    cfg.MODEL.META_ARCHITECTURE = "SimCLR"
+    cfg.MODEL.SIMCLR.FEATURE = "res5" if "resnet" in cfg.MODEL.BACKBONE.NAME else "conv4"
+    cfg.MODEL.SIMCLR.HIDDEN_DIM, cfg.MODEL.SIMCLR.OUT_DIM = 8, 6
+    return build_model(cfg)
+
+
+def _resnet_cfg(depth=18, last="res5"):
+    cfg = _cfg()
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_resnet_backbone", 0
+    node = cfg.MODEL.RESNETS
+    node.DEPTH, node.RES2_OUT_CHANNELS, node.NORM = depth, 64, "BN"
+    node.OUT_FEATURES = [last]
+    return cfg
+
+
+def _assert_equal_states(actual: dict, expected: dict) -> None:
+    assert actual and set(actual) <= set(expected)
+    for name in actual:
         assert torch.equal(actual[name], expected[name]), name
-    plain = build_backbone(_cfg())
-    init_backbone(plain, _paths(tmp_path)[1])
-    assert torch.equal(plain.conv3[1].norm.running_var, expected["conv3.1.norm.running_var"])
+
+
+def test_init_backbone_from_a_localizer(trained, tmp_path):
+    expected = trained.visual_encoder.state_dict()
+    for backbone in (_fpn(), build_backbone(_cfg())):
+        init_backbone(backbone, _paths(tmp_path)[1], "KEY")
+        trunk = getattr(backbone, "bottom_up", backbone)
+        _assert_equal_states(trunk.state_dict(), expected)
+        assert set(trunk.state_dict()) == set(expected)
+
+
+@pytest.mark.parametrize("form", ["simclr", "detector", "bare.pth", "bare.pkl"])
+def test_init_backbone_from_other_files(tmp_path, form):
+    torch.manual_seed(3)
+    simclr = _simclr(_resnet_cfg())
+    trunk = simclr.backbone["bottom_up"]
+    for name, buffer in trunk.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.5, 1.5)
+    path = tmp_path / (form if "." in form else f"{form}.pth")
+    if form == "bare.pkl":
+        arrays = {k: v.numpy() for k, v in trunk.state_dict().items() if "tracked" not in k}
+        arrays["stem.fc.weight"] = arrays["stem.conv1.weight"][0]
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "me"}))
+    else:
+        # A detector has more than its backbone.
+        fpn = nn.ModuleDict({"bottom_up": trunk, "fpn_lateral5": nn.Linear(2, 2)})
+        model = {"simclr": simclr, "detector": nn.ModuleDict({"backbone": fpn})}.get(form, trunk)
+        _save(model, path)
+    images = torch.rand(2, 3, 64, 64)
+    # A localizer's encoder, which stops earlier, and one with frozen batch norm.
+    for last, norm in (("res5", "BN"), ("res4", "BN"), ("res5", "FrozenBN")):
+        cfg = _resnet_cfg(last=last)
+        cfg.MODEL.RESNETS.NORM = norm
+        backbone = build_backbone(cfg)
+        init_backbone(backbone, str(path), "KEY")
+        with torch.no_grad():
+            found, expected = backbone.eval()(images)[last], stage(trunk.eval(), images, last)
+        # Frozen batch norm is the same function in another order of operations.
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+        if norm == "BN":
+            assert torch.equal(found, expected)
+
+
+def stage(resnet, images, last):
+    x = resnet.stem(images)
+    for name, block in zip(resnet.stage_names, resnet.stages):
+        x = block(x)
+        if name == last:
+            return x
 
 
 def test_init_backbone_of_another_network(trained, tmp_path):
-    with pytest.raises(ValueError, match="INIT_BACKBONE"):
-        init_backbone(_fpn((8, 8, 12, 20)), _paths(tmp_path)[1])
+    localizer = _paths(tmp_path)[1]
+    with pytest.raises(ValueError, match="KEY .*another network .* 10 tensors .*conv4.0.norm"):
+        init_backbone(_fpn((8, 8, 12, 20)), localizer, "KEY")
+    with pytest.raises(ValueError, match="KEY .*another network.*MODEL.RESNETS"):
+        init_backbone(build_backbone(_resnet_cfg()), localizer, "KEY")
+    # Blocks would be left over, or missing.
+    files = {}
+    for depth in (18, 34):
+        files[depth] = _save(build_backbone(_resnet_cfg(depth)), tmp_path / f"{depth}.pth")
+    for depth, other in ((18, 34), (34, 18)):
+        with pytest.raises(ValueError, match=r"another network.*res2\.2"):
+            init_backbone(build_backbone(_resnet_cfg(depth)), files[other], "KEY")
+    # A stage would be missing.
+    short = _save(build_backbone(_resnet_cfg(last="res4")), tmp_path / "short.pth")
+    with pytest.raises(ValueError, match=r"25 tensors .*res5\.0"):
+        init_backbone(build_backbone(_resnet_cfg()), short, "KEY")
+    for last_stages in (True, False):
+        with pytest.raises(ValueError, match=r"25 tensors .*res2\.0"):
+            state = build_backbone(_resnet_cfg()).res3.state_dict()
+            torch.save({f"res3.{k}": v for k, v in state.items()}, tmp_path / "res3.pth")
+            path = str(tmp_path / "res3.pth")
+            init_backbone(build_backbone(_resnet_cfg(last="res3")), path, "KEY", last_stages)
     torch.save({"model": {"backbone.weight": torch.zeros(1)}}, tmp_path / "detector.pth")
-    with pytest.raises(ValueError, match="INIT_BACKBONE"):
-        init_backbone(_fpn(), str(tmp_path / "detector.pth"))
+    with pytest.raises(ValueError, match="another network"):
+        init_backbone(_fpn(), str(tmp_path / "detector.pth"), "KEY")
+
+
+def test_a_detector_takes_the_stages_that_its_localizer_has(tmp_path, caplog):
+    source = build_backbone(_resnet_cfg(last="res4"))
+    weights = _save(nn.ModuleDict({"visual_encoder": source}), tmp_path / "localizer.pth")
+    backbone = build_backbone(_resnet_cfg())
+    before = {k: v.clone() for k, v in backbone.res5.state_dict().items()}
+    init_backbone(backbone, weights, "KEY", last_stages=False)
+    assert "has no res5, which start at random" in caplog.text
+    _assert_equal_states(source.state_dict(), backbone.state_dict())
+    _assert_equal_states(backbone.res5.state_dict(), before)
+
+
+def test_a_refused_backbone_is_left_as_it_is(trained, tmp_path):
+    backbone = _fpn((8, 8, 12, 20))
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    with pytest.raises(ValueError):
+        init_backbone(backbone, _paths(tmp_path)[1], "KEY")
+    _assert_equal_states(backbone.state_dict(), before)
 
 
 def test_init_backbone_without_weights():
-    with pytest.raises(ValueError, match="LOCALIZER_WEIGHTS"):
-        init_backbone(_fpn(), "")
+    for path in ("", "nothing/there.pth"):
+        with pytest.raises(ValueError, match=f"KEY '{path}' is not a file"):
+            init_backbone(_fpn(), path, "KEY")
+
+
+def test_nothing_in_a_pickle_is_executed(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    path = tmp_path / "bad.pkl"
+    path.write_bytes(pickle.dumps({"model": {"a": np.zeros(2)}, "payload": Payload()}))
+    with pytest.raises(pickle.UnpicklingError, match="open"):
+        load_model_state(str(path))
+    assert not (tmp_path / "written").exists()

@@ -14,9 +14,11 @@ from avdet2.modeling.losses import (
     NCELoss,
     Temperature,
     all_gather_with_grad,
+    attention,
     clustering_loss,
     heatmaps,
     pair_scores,
+    pool_responses,
 )
 
 PAIRS, DIM, HEIGHT, WIDTH = 8, 5, 3, 4
@@ -45,7 +47,13 @@ def _scores_by_loops(visual: torch.Tensor, audio: torch.Tensor, pool: str) -> np
                 for row in range(frame.shape[1])
                 for column in range(frame.shape[2])
             ]
-            scores[i, j] = max(responses) if pool == "max" else sum(responses) / len(responses)
+            if pool == "attention":
+                weights = [math.exp(max(0.0, r)) for r in responses]
+                cells = frame.reshape(len(frame), -1)
+                attended = sum(w * cell for w, cell in zip(weights, cells.T)) / sum(weights)
+                scores[i, j] = float(np.dot(attended, sound))
+            else:
+                scores[i, j] = max(responses) if pool == "max" else np.mean(responses)
     return scores
 
 
@@ -61,7 +69,7 @@ def _nce_by_loops(scores: np.ndarray) -> float:
     return total / (2 * n)
 
 
-@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("pool", ["max", "avg", "attention"])
 def test_nce_equals_the_formula(pool):
     visual, audio = _features()
     scores = _scores_by_loops(visual, audio, pool)
@@ -101,7 +109,24 @@ def test_scores_are_pooled_heatmaps():
     torch.testing.assert_close(pair_scores(visual, audio, "avg").diag(), maps.mean(dim=(1, 2)))
 
 
-@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_attention_to_a_map_without_a_peak_is_the_mean():
+    for value in (0.3, 0.0, -0.8):
+        torch.testing.assert_close(attention(torch.full((2, 6), value)), torch.full((2, 6), 1 / 6))
+    # What is below zero is rectified: a map that is negative everywhere is as flat as any.
+    responses = torch.tensor([[-0.1, -0.9, -0.4, -0.6]])
+    torch.testing.assert_close(pool_responses(responses, "attention"), torch.tensor([-0.5]))
+
+
+def test_attention_to_a_single_high_peak_is_that_location():
+    responses = torch.tensor([[0.0, 90.0, 0.0], [70.0, 0.0, -5.0]])
+    torch.testing.assert_close(attention(responses), torch.eye(3)[[1, 0]])
+    torch.testing.assert_close(pool_responses(responses, "attention"), torch.tensor([90.0, 70.0]))
+    # In between, it is a softmax: e^1 and e^0 twice.
+    shares = attention(torch.tensor([1.0, 0.0, -3.0])).tolist()
+    assert shares == pytest.approx([math.e / (math.e + 2), *2 * [1 / (math.e + 2)]])
+
+
+@pytest.mark.parametrize("pool", ["max", "avg", "attention"])
 def test_the_order_of_pairs_and_of_locations_does_not_matter(pool):
     visual, audio = _features()
     nce = _nce(pool)
@@ -115,7 +140,7 @@ def test_the_order_of_pairs_and_of_locations_does_not_matter(pool):
 
 def test_gradients_are_those_of_finite_differences():
     visual, audio = (x[:3].requires_grad_() for x in _features())
-    for pool in ("max", "avg"):
+    for pool in ("max", "avg", "attention"):
         nce = _nce(pool)
         assert torch.autograd.gradcheck(lambda v, a: nce(v, a)[0], (visual, audio))
 
@@ -245,7 +270,7 @@ def _on_one_of_two_processes(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     visual, audio = (x.chunk(2)[rank] for x in _features())
     result = {}
-    for pool in ("max", "avg"):
+    for pool in ("max", "avg", "attention"):
         v, a = visual.clone().requires_grad_(), audio.clone().requires_grad_()
         nce = _nce(pool)
         loss, accuracy = nce(v, a)
@@ -279,7 +304,7 @@ def two_processes(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("pool", ["max", "avg", "attention"])
 def test_two_processes_have_the_loss_and_gradients_of_one(two_processes, pool):
     visual, audio = (x.requires_grad_() for x in _features())
     nce = _nce(pool)
@@ -297,7 +322,7 @@ def test_two_processes_have_the_loss_and_gradients_of_one(two_processes, pool):
     torch.testing.assert_close(scale_grad, nce.temperature.rho_scale.grad, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("pool", ["max", "avg", "attention"])
 def test_ddp_gives_the_gradients_of_one_process(two_processes, pool):
     model = TinyLocalizer(pool)
     model(*_features()).backward()
@@ -306,7 +331,7 @@ def test_ddp_gives_the_gradients_of_one_process(two_processes, pool):
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("pool", ["max", "avg", "attention"])
 def test_without_gathering_every_process_is_alone(two_processes, pool):
     for result, visual, audio in zip(two_processes, *(x.chunk(2) for x in _features())):
         torch.testing.assert_close(result[f"local {pool}"], _nce(pool)(visual, audio)[0])

@@ -49,6 +49,17 @@ def test_one_row_for_each_stage(tool, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["detector"]["bbox"]["AP50"] == 45.6
 
 
+def test_simclr_has_no_row(tool, tmp_path):
+    config = PIPELINE.replace("K39", "K39_simclr")
+    stages = make_stages(config, ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "('a','b')"])
+    for stage in stages:
+        if not stage.is_simclr:
+            write_results(stage, {name: {"bbox": {"AP50": 1.0}} for name in "ab"})
+    lines = tool.write_table(stages, str(tmp_path)).splitlines()[2:]
+    assert len(lines) == 8
+    assert not any("simclr" in line for line in lines)
+
+
 def test_one_row_for_each_test_set(tool, tmp_path):
     stages = make_stages(PIPELINE, ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "('a','b')"])
     write_results(stages[3], {"a": {"bbox": {"AP50": 12.3}}, "b": {"bbox": {"AP50": 45.6}}})

@@ -1,28 +1,21 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-The synthetic benchmark that `datasets/prepare_synthetic.py` makes, as three data sets.
+The synthetic benchmark that `datasets/prepare_synthetic.py` makes, as registered data sets.
 """
 
 import json
 import os
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
 from avdet2.data.clips import scan_clips
+from avdet2.data.datasets.coco_av import register_coco_av
 from avdet2.data.synthetic.objects import class_names
+from avdet2.data.synthetic.views import CLASS_GROUPS, TEST_VIEWS
 
 _EXTRA_ANNOTATION_KEYS = ["sounding", "instance", "visible"]
-
-
-def _require(path: str, root: str) -> None:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{path} is missing: make the data set with `python datasets/prepare_synthetic.py "
-            f"--output {root}`."
-        )
 
 
 def load_synthetic_clips(root: str, dataset_name: Optional[str] = None) -> List[Dict[str, Any]]:
@@ -40,7 +33,10 @@ def load_synthetic_clips(root: str, dataset_name: Optional[str] = None) -> List[
         FileNotFoundError: the data set is not there.
     """
     clip_list, settings = os.path.join(root, "train.csv"), os.path.join(root, "settings.json")
-    _require(clip_list, root)
+    if not os.path.isfile(clip_list):
+        raise FileNotFoundError(
+            f"{clip_list} is missing: make the data set with `{_how_to_make(root)}`."
+        )
     with open(settings) as f:
         names = list(class_names(json.load(f)["classes"]))
     if dataset_name is not None:
@@ -48,58 +44,33 @@ def load_synthetic_clips(root: str, dataset_name: Optional[str] = None) -> List[
     return scan_clips(clip_list, root, classes=names).clips
 
 
-def load_synthetic_images(
-    root: str, split: str, dataset_name: Optional[str] = None
-) -> List[Dict[str, Any]]:
-    """
-    Load validation or test images with the clip that holds their sound.
-
-    Args:
-        root: folder of the data set.
-        split: "val" or "test".
-        dataset_name: data set whose metadata gets the class names; None for none.
-
-    Returns:
-        Detectron2's dataset dicts with two more keys, "audio_file" (path of the mp4) and "time" (of
-        the image in it, in seconds). Their annotations have "sounding" (0 or 1), "instance" (index
-        in the clip) and "visible" (share that nothing hides) as well.
-
-    Raises:
-        FileNotFoundError: the data set is not there.
-    """
-    json_file, image_root = _ground_truth(root, split)
-    _require(json_file, root)
-    dicts = load_coco_json(json_file, image_root, dataset_name, _EXTRA_ANNOTATION_KEYS)
-    with open(json_file) as f:
-        images = {image["id"]: image for image in json.load(f)["images"]}
-    for entry in dicts:
-        image = images[entry["image_id"]]
-        entry["audio_file"] = os.path.abspath(os.path.join(image_root, image["audio_file"]))
-        entry["time"] = image["time"]
-    return dicts
-
-
-def _ground_truth(root: str, split: str) -> Tuple[str, str]:
-    return os.path.join(root, "annotations", f"{split}.json"), os.path.join(root, split)
+def _how_to_make(root: str) -> str:
+    return f"python datasets/prepare_synthetic.py --output {root}"
 
 
 def register_synthetic(root: str, prefix: str = "synthetic_av") -> None:
     """
-    Register `<prefix>_train` (clips), `<prefix>_val` and `<prefix>_test` (images with truth).
+    Register `<prefix>_train` (clips), `<prefix>_val` and `<prefix>_test` (images with truth), and
+    other looks at the test images, `<prefix>_test_<name>` for each of :data:`TEST_VIEWS`.
 
-    The data set may be made later: its files are read when it is used.
+    The data set may be made later: its files are read when it is used. Annotations of images have
+    "sounding" (0 or 1), "instance" (index in the clip) and "visible" (share that nothing hides) as
+    well.
 
     Args:
         root: folder that `prepare_synthetic.py` wrote or will write.
-        prefix: of the three names.
+        prefix: of the names.
     """
     train = f"{prefix}_train"
     DatasetCatalog.register(train, partial(load_synthetic_clips, root, train))
     MetadataCatalog.get(train).set(evaluator_type="av_clips")
-    for split in ("val", "test"):
-        name = f"{prefix}_{split}"
-        json_file, image_root = _ground_truth(root, split)
-        DatasetCatalog.register(name, partial(load_synthetic_images, root, split, name))
-        MetadataCatalog.get(name).set(
-            json_file=json_file, image_root=image_root, evaluator_type="coco"
+    views = [f"test_{view}" for view in TEST_VIEWS]
+    for truth in ("val", "test", *views):
+        name = f"{prefix}_{truth}"
+        json_file = os.path.join(root, "annotations", f"{truth}.json")
+        image_root = os.path.join(root, truth.partition("_")[0])
+        register_coco_av(
+            name, json_file, image_root, None, _EXTRA_ANNOTATION_KEYS, _how_to_make(root)
         )
+    # Which labels of the clips its classes cover, as TEST.MATCHING.GROUPS would say.
+    MetadataCatalog.get(f"{prefix}_test_groups").set(label_groups=CLASS_GROUPS)

@@ -20,6 +20,7 @@ import numpy as np
 from .generator import SPLITS, VERSION, Item, Settings, make_item
 from .objects import class_names
 from .sounds import SAMPLE_RATE
+from .views import TEST_VIEWS
 
 _SETTINGS_FILE = "settings.json"
 # Samples in one frame of AAC.
@@ -38,6 +39,8 @@ val/, test/                         *.jpg images and, for each, an mp4 with its 
                                     the frame of the mp4 at `time` seconds, before encoding.
 annotations/val.json, test.json     COCO ground truth. All objects are in it; `sounding` tells
                                     which one is heard in the mp4.
+annotations/test_*.json             the same test images: those with one object (single), those with
+                                    several (multi), all with coarser classes (groups).
 .records/                           one file per item; prepare_synthetic.py continues from them.
 
 Choose settings on val only. Keys beside COCO's:
@@ -237,7 +240,11 @@ def write_annotations(root: Path, settings: Settings, counts: Dict[str, int]) ->
         for record in records:
             total.update(bytes.fromhex(record["digest"]))
         name = "train_assessment.json" if split == "train" else f"{split}.json"
-        _replace(root / "annotations" / name, json.dumps(_coco(records, settings)).encode())
+        truth = _coco(records, settings)
+        _replace(root / "annotations" / name, json.dumps(truth).encode())
+        for view, look in TEST_VIEWS.items() if split == "test" else ():
+            path = root / "annotations" / f"test_{view}.json"
+            _replace(path, json.dumps(look(truth)).encode())
         if split == "train":
             _write_clip_list(root / "train.csv", records, settings)
     lines = [f"{total.hexdigest()}  ({', '.join(f'{n} {split}' for split, n in counts.items())})"]

@@ -17,9 +17,19 @@ from detectron2.utils.events import get_event_storage
 
 from avdet2.modeling.avol import AUDIO_ENCODER_REGISTRY
 from avdet2.modeling.heads import MLPHead, global_pool
-from avdet2.modeling.losses import NCELoss, Temperature, clustering_loss, heatmaps
+from avdet2.modeling.losses import clustering_loss, heatmaps
+from avdet2.modeling.object_dictionary import (
+    class_heatmaps,
+    heard_objects,
+    load_dictionary,
+    object_vectors,
+)
+from avdet2.modeling.objectives import CorrespondenceLoss, build_objective
 from avdet2.modeling.self_box import heatmaps_to_boxes
 from avdet2.modeling.spectrogram import LogSpectrogram
+
+# Iterations between two looks at what is logged: on a GPU each of them waits for the device.
+LOG_PERIOD = 20
 
 
 class PairFeatures(NamedTuple):
@@ -27,9 +37,10 @@ class PairFeatures(NamedTuple):
     What the networks make of N pairs of frames and sounds.
 
     Attributes:
-        visual: f^v, of shape (N, D, h, w), unit length over D.
-        audio: f^a, of shape (N, D), unit length.
-        logits_v, logits_a: g^v and g^a, of shape (N, K); None without clustering heads.
+        visual: f^v, of shape (N, D, h, w), unit length over D (unless NORMALIZE is off).
+        audio: f^a, of shape (N, D), likewise.
+        logits_v, logits_a: g^v and g^a, of shape (N, K); None without clustering heads. With a
+            dictionary of objects, the cosines of what is heard with its entries, and zeros.
     """
 
     visual: torch.Tensor
@@ -44,7 +55,8 @@ class AVLocalizer(nn.Module):
     Two encoders q^v and q^a with four heads f^v, f^a, g^v, g^a, trained by eq. 4.
 
     In training it returns a dict of losses. In inference every image gets a self-box (eq. 5), its
-    cluster (eq. 6), and the heatmap and logits that they come from.
+    cluster (eq. 6), and the heatmap and logits that they come from. With a dictionary of objects
+    (DSOL) there is a heatmap and a box for every kind of object that is heard.
     """
 
     @configurable
@@ -55,31 +67,33 @@ class AVLocalizer(nn.Module):
         visual_feature: str,
         audio_encoder: nn.Module,
         spectrogram: LogSpectrogram,
-        temperature: Temperature,
+        objective: nn.Module,
+        normalize: bool,
         hidden_dim: int,
         embed_dim: int,
         num_clusters: int,
         norm: str,
         dropout: float,
         nce_weight: float,
-        pool: str,
-        gather: bool,
         beta: tuple[float, float],
         multi: bool,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        objects: torch.Tensor | None = None,
     ) -> None:
         """
         Args:
             visual_encoder: any backbone; its map ``visual_feature`` is used.
             audio_encoder: maps (N, 1, F, T) to (N, C, f, t); attribute ``out_channels``.
             spectrogram: maps (N, T) waveforms to (N, 1, F, T').
-            temperature: learnable rho.
+            objective: see :func:`build_objective`.
+            normalize: scale embeddings to unit length.
             hidden_dim, embed_dim, num_clusters, norm, dropout: of the heads.
             nce_weight: lambda of eq. 4, in [0, 1]; at 1 there are no clustering heads.
-            pool, gather: see :class:`NCELoss`.
             beta, multi: of the self-boxes; in inference the middle of the range ``beta`` is used.
             pixel_mean, pixel_std: per channel, of images in 0..255.
+            objects: a dictionary of objects, of shape (O, embed_dim); they are then the clusters,
+                in place of those of the heads.
         """
         super().__init__()
         if not 0 <= nce_weight <= 1:
@@ -94,8 +108,9 @@ class AVLocalizer(nn.Module):
             )
         visual_dim, audio_dim = shapes[visual_feature].channels, audio_encoder.out_channels
         self.visual_stride = shapes[visual_feature].stride
-        self.nce = NCELoss(temperature, pool, gather)
-        self.nce_weight, self.num_clusters = nce_weight, num_clusters
+        # Checkpoints know it by the name of the default.
+        self.nce, self.normalize = objective, normalize
+        self.nce_weight = nce_weight
         self.beta, self.multi = sum(beta) / 2, multi
 
         def head(in_channels: int, out_channels: int) -> MLPHead:
@@ -103,9 +118,11 @@ class AVLocalizer(nn.Module):
 
         self.loc_v, self.loc_a = head(visual_dim, embed_dim), head(audio_dim, embed_dim)
         # DDP fails on parameters without a gradient, so heads without a loss are not built.
-        self.has_clusters = nce_weight < 1
-        if self.has_clusters:
+        self.has_heads = nce_weight < 1
+        if self.has_heads:
             self.cls_v, self.cls_a = head(visual_dim, num_clusters), head(audio_dim, num_clusters)
+        self.register_buffer("objects", objects, persistent=False)
+        self.num_clusters = num_clusters if objects is None else len(objects)
         # Labels y of all training clips by sample_id, set by SelfLabelHook and saved with it.
         self.register_buffer("labels", torch.empty(0, dtype=torch.long), persistent=False)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
@@ -116,25 +133,33 @@ class AVLocalizer(nn.Module):
     @classmethod
     def from_config(cls, cfg):
         node = cfg.MODEL.LOCALIZER
+        path = node.OBJECT_DICTIONARY
         return {
             "visual_encoder": build_backbone(cfg),
             "visual_feature": node.VISUAL_FEATURE,
             "audio_encoder": AUDIO_ENCODER_REGISTRY.get(node.AUDIO_ENCODER.NAME)(cfg),
             "spectrogram": LogSpectrogram(cfg),
-            "temperature": Temperature(node.RHO_PARAM, node.RHO_INIT, node.MAX_SCALE),
+            "objective": build_objective(node),
+            "normalize": node.NORMALIZE,
             "hidden_dim": node.HIDDEN_DIM,
             "embed_dim": node.EMBED_DIM,
             "num_clusters": node.NUM_CLUSTERS,
             "norm": node.NORM,
             "dropout": node.DROPOUT,
             "nce_weight": node.LAMBDA,
-            "pool": node.POOL,
-            "gather": node.GATHER,
             "beta": cfg.MODEL.SELF_BOX.BETA,
             "multi": cfg.MODEL.SELF_BOX.MULTI,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "objects": load_dictionary(path, node.EMBED_DIM) if path else None,
         }
+
+    @property
+    def has_clusters(self) -> bool:
+        """
+        Whether there are clusters: those of the heads, or the entries of the dictionary.
+        """
+        return self.has_heads or self.objects is not None
 
     @property
     def device(self) -> torch.device:
@@ -147,12 +172,22 @@ class AVLocalizer(nn.Module):
                 int16; in training also "sample_id", and images of one size.
 
         Returns:
-            in training a dict of ``loss_nce`` and ``loss_cluster``, weighted as in eq. 4.
-            In inference a list of dicts: "instances" (the self-box in pixels of "height" and
-            "width", its score in [0, 1], its cluster; empty where the heatmap has no peak),
-            "heatmap" (h, w), "logits_v" and "logits_a" (K,) or None, "embed_a" (D,).
+            in training a dict of ``loss_nce`` (or of the OBJECTIVE's name) and ``loss_cluster``,
+            weighted as in eq. 4. In inference a list of dicts: "instances" (the self-box in pixels
+            of "height" and "width", its score in [0, 1], its cluster; empty where the heatmap has
+            no peak), "heatmap" (h, w), "logits_v" and "logits_a" (K,) or None, "embed_a" (D,);
+            with a dictionary also "class_heatmaps" (K, h, w), and "instances" has a box for each
+            object that is heard.
+
+        Raises:
+            ValueError: in training, with a dictionary of objects.
         """
         if self.training:
+            if self.objects is not None:
+                raise ValueError(
+                    "a dictionary of objects is for inference: train with "
+                    "MODEL.LOCALIZER.OBJECT_DICTIONARY ''"
+                )
             features = self.extract(*self.preprocess(batched_inputs))
             return self.losses(features, batched_inputs)
         sizes = {tuple(x["image"].shape) for x in batched_inputs}
@@ -189,29 +224,37 @@ class AVLocalizer(nn.Module):
         visual = self.visual_encoder(images)[self.visual_feature]
         audio = global_pool(self.audio_encoder(spectrograms))
         logits_v = logits_a = None
-        if self.has_clusters:
+        if self.has_heads:
             logits_v = self.cls_v(global_pool(visual)).flatten(1)
             logits_a = self.cls_a(audio).flatten(1)
-        embed_v = F.normalize(self.loc_v(visual).float(), dim=1)
-        embed_a = F.normalize(self.loc_a(audio).flatten(1).float(), dim=1)
+        embed_v, embed_a = self.loc_v(visual).float(), self.loc_a(audio).flatten(1).float()
+        if self.normalize:
+            embed_v, embed_a = F.normalize(embed_v, dim=1), F.normalize(embed_a, dim=1)
         return PairFeatures(embed_v, embed_a, logits_v, logits_a)
 
     def losses(self, features: PairFeatures, batched_inputs: list[dict]) -> dict:
         """
         Eq. 4, as a dict of its weighted terms.
         """
-        storage = get_event_storage()
         # Under AMP the products of the scores would be in half precision.
         with torch.autocast(self.device.type, enabled=False):
-            nce, accuracy = self.nce(features.visual, features.audio)
-        storage.put_scalar("nce/accuracy", accuracy.item())
-        storage.put_scalar("nce/rho", self.nce.temperature.rho())
-        losses = {"loss_nce": self.nce_weight * nce}
-        if self.has_clusters:
+            loss, accuracy = self.nce(features.visual, features.audio)
+        self._log(accuracy)
+        losses = {f"loss_{self.nce.name}": self.nce_weight * loss}
+        if self.has_heads:
             labels = self._labels_of(batched_inputs)
             loss = clustering_loss(features.logits_v, features.logits_a, labels)
             losses["loss_cluster"] = (1 - self.nce_weight) * loss
         return losses
+
+    def _log(self, accuracy: torch.Tensor) -> None:
+        storage, on_cpu = get_event_storage(), self.device.type == "cpu"
+        if not on_cpu and storage.iter % LOG_PERIOD:
+            return
+        storage.put_scalar(f"{self.nce.name}/accuracy", accuracy.item(), smoothing_hint=on_cpu)
+        if hasattr(self.nce, "temperature"):
+            rho = self.nce.temperature.rho()
+            storage.put_scalar(f"{self.nce.name}/rho", rho, smoothing_hint=on_cpu)
 
     def _labels_of(self, batched_inputs: list[dict]) -> torch.Tensor:
         if not len(self.labels):
@@ -227,12 +270,21 @@ class AVLocalizer(nn.Module):
         Heatmaps of pairs whose images have one size.
 
         Returns:
-            tuple: cosine heatmaps (N, h, w) in [-1, 1] (rho * h of the paper: eq. 5 gives the same
-            boxes for both), and the features.
+            tuple: heatmaps (N, h, w), and the features. Heatmaps are cosines in [-1, 1] (rho * h of
+            the paper: eq. 5 gives the same boxes for both), or scalar products with NORMALIZE off;
+            with OBJECTIVE bce, AVOL-Net's probabilities.
         """
         features = self.extract(*self.preprocess(batched_inputs))
         with torch.autocast(self.device.type, enabled=False):
-            return heatmaps(features.visual, features.audio), features
+            maps = heatmaps(features.visual, features.audio)
+            if isinstance(self.nce, CorrespondenceLoss):
+                maps = self.nce.logits(maps).sigmoid()
+            if self.objects is not None:
+                nearest = object_vectors(features.visual, maps) @ self.objects.t()
+                features = features._replace(
+                    logits_v=nearest, logits_a=torch.zeros_like(nearest)
+                )
+        return maps, features
 
     def inference(self, batched_inputs: list[dict]) -> list[dict]:
         """
@@ -246,27 +298,61 @@ class AVLocalizer(nn.Module):
             if self.has_clusters:
                 logits_v, logits_a = features.logits_v[i].float(), features.logits_a[i].float()
                 cluster = int((logits_v + logits_a).argmax())
-            outputs.append(
-                {
-                    "instances": self._self_boxes(maps[i], inputs, cluster),
-                    "heatmap": maps[i],
-                    "logits_v": logits_v,
-                    "logits_a": logits_a,
-                    "embed_a": features.audio[i],
-                }
-            )
+            output = {
+                "heatmap": maps[i],
+                "logits_v": logits_v,
+                "logits_a": logits_a,
+                "embed_a": features.audio[i],
+            }
+            if self.objects is None:
+                output["instances"] = self._instances(maps[i : i + 1], [cluster], inputs)
+                scores = self._confidence(output["instances"].scores)
+                output["instances"].scores = scores
+            else:
+                output |= self._objects(maps[i : i + 1], features.visual[i : i + 1], inputs)
+            outputs.append(output)
         return outputs
 
-    def _self_boxes(self, heatmap: torch.Tensor, inputs: dict, cluster: int) -> Instances:
+    def _confidence(self, heat: torch.Tensor) -> torch.Tensor:
+        """
+        Values of a heatmap as numbers in [0, 1], in the same order.
+        """
+        if isinstance(self.nce, CorrespondenceLoss):
+            return heat
+        return (1 + heat) / 2 if self.normalize else heat.sigmoid()
+
+    def _objects(self, heat: torch.Tensor, visual: torch.Tensor, inputs: dict) -> dict:
+        """
+        Heatmaps of the dictionary's entries, and boxes of those that are heard.
+
+        Args:
+            heat, visual: heatmap (1, h, w) and features (1, D, h, w) of one image.
+            inputs: the image.
+        """
+        # Cosines say by their sign what is not heard; other scalar products have no scale.
+        bounded = self.normalize or isinstance(self.nce, CorrespondenceLoss)
+        (maps,) = class_heatmaps(self.objects, visual, heat if bounded else heat.sigmoid())
+        heard = heard_objects(maps)
+        instances = self._instances(maps[heard], heard.tolist(), inputs)
+        return {"instances": instances, "class_heatmaps": maps}
+
+    def _instances(
+        self, maps: torch.Tensor, clusters: Sequence[int], inputs: dict
+    ) -> Instances:
+        """
+        The self-boxes of heatmaps (n, h, w) of one image that stand for n clusters; scores are the
+        peaks.
+        """
         size = (
             inputs.get("height", inputs["image"].shape[1]),
             inputs.get("width", inputs["image"].shape[2]),
         )
-        boxes, scores = self_boxes(heatmap, size, self.beta, self.multi)
+        found = [self_boxes(heatmap, size, self.beta, self.multi) for heatmap in maps]
+        classes = [torch.full((len(x[0]),), cluster) for x, cluster in zip(found, clusters)]
         instances = Instances(size)
-        instances.pred_boxes = Boxes(boxes)
-        instances.scores = (1 + scores) / 2
-        instances.pred_classes = torch.full((len(boxes),), cluster, dtype=torch.long)
+        instances.pred_boxes = Boxes(torch.cat([torch.zeros(0, 4), *(x[0] for x in found)]))
+        instances.scores = torch.cat([torch.zeros(0), *(x[1] for x in found)])
+        instances.pred_classes = torch.cat([torch.zeros(0, dtype=torch.long), *classes])
         return instances
 
 

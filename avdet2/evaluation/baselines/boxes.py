@@ -14,12 +14,36 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 
-__all__ = ["BoxBaseline", "CenterBox"]
+__all__ = ["BoxBaseline", "BoxRule", "CenterBox", "FullFrame", "box_instances"]
 
 
-class BoxBaseline(nn.Module):
+class BoxBaseline:
     """
-    A rule that puts boxes of one class into an image. Subclasses say which.
+    What Table 1 marks with a star: a model whose boxes have no class, and are evaluated without.
+    """
+
+
+def box_instances(
+    image_size: tuple[int, int], boxes: torch.Tensor, scores: torch.Tensor
+) -> Instances:
+    """
+    Args:
+        image_size: (height, width).
+        boxes: of shape (n, 4), x1 y1 x2 y2 in pixels of that size.
+        scores: of shape (n,).
+
+    Returns:
+        Instances: with `pred_boxes`, `scores` and `pred_classes`, all of class 0.
+    """
+    instances = Instances(image_size)
+    instances.pred_boxes, instances.scores = Boxes(boxes), scores
+    instances.pred_classes = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+    return instances
+
+
+class BoxRule(BoxBaseline, nn.Module):
+    """
+    A rule that puts boxes into an image. Subclasses say which.
     """
 
     def __init__(self) -> None:
@@ -34,7 +58,7 @@ class BoxBaseline(nn.Module):
         The boxes for one image.
 
         Args:
-            image: an element of the model's input.
+            image: an element of the model's input, with "height" and "width".
 
         Returns:
             boxes of shape (n, 4), x1 y1 x2 y2 in pixels of the original image, and scores of shape
@@ -44,7 +68,7 @@ class BoxBaseline(nn.Module):
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """
         Args:
-            batched_inputs: dicts with "height", "width" and "image_id", in Detectron2's format.
+            batched_inputs: dicts of Detectron2's test loader; each rule says what it reads of them.
 
         Returns:
             for each image {"instances": Instances} at (height, width), with `pred_boxes`, `scores`
@@ -60,22 +84,21 @@ class BoxBaseline(nn.Module):
         return [{"instances": self._instances(image)} for image in batched_inputs]
 
     def _instances(self, image: dict) -> Instances:
-        boxes, scores = self.propose(image)
-        device = self.placeholder.device
-        instances = Instances((image["height"], image["width"]))
-        instances.pred_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32, device=device))
-        instances.scores = torch.as_tensor(scores, dtype=torch.float32, device=device)
-        instances.pred_classes = torch.zeros(len(boxes), dtype=torch.int64, device=device)
-        return instances
+        boxes, scores = (
+            torch.as_tensor(values, dtype=torch.float32, device=self.placeholder.device)
+            for values in self.propose(image)
+        )
+        return box_instances((image["height"], image["width"]), boxes, scores)
 
 
 @META_ARCH_REGISTRY.register()
-class CenterBox(BoxBaseline):
+class CenterBox(BoxRule):
     """
     "Center Box" of Table 1: one randomly sized box in the middle of each frame.
 
     The paper does not give the distribution; here width and height are drawn independently and
-    uniformly, as fractions of the frame's. An image always gets the same box.
+    uniformly, as fractions of the frame's. An image always gets the same box: its "image_id" is
+    the seed.
     """
 
     @configurable
@@ -107,3 +130,21 @@ class CenterBox(BoxBaseline):
         corners = np.concatenate([0.5 - half, 0.5 + half])
         frame = np.array([image["width"], image["height"]] * 2)
         return (corners * frame)[None], np.ones(1)
+
+
+@META_ARCH_REGISTRY.register()
+class FullFrame(BoxRule):
+    """
+    The whole frame as the box: what an evaluation gives for nothing.
+    """
+
+    @configurable
+    def __init__(self) -> None:
+        super().__init__()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        return {}
+
+    def propose(self, image: dict) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([[0, 0, image["width"], image["height"]]]), np.ones(1)

@@ -1,0 +1,181 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Whether a config gives weights the pixels, and the ResNet the strides, that they were trained with.
+
+Names and shapes fit in any case, so nothing else tells that they do not.
+"""
+
+import os
+import pickle
+import shlex
+import zipfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from avdet2.checkpoint.sources import PIXEL_KEYS, STRIDE_IN_1X1
+from avdet2.config_file import flat_items
+from avdet2.evaluation.baselines import BoxRule
+
+# The entry of a converted .pth file that holds its source and settings.
+METADATA = "avdet2"
+BACKBONE_NAME = "MODEL.BACKBONE.NAME"
+DEPTH = "MODEL.RESNETS.DEPTH"
+
+
+class WeightSettings(NamedTuple):
+    """
+    What is known of the weights in a file.
+
+    Attributes:
+        values: by config key; with MODEL.BACKBONE.NAME if they are a run's.
+        names: of the tensors; None for a converted file, which fits wherever a ResNet is.
+    """
+
+    values: dict[str, Any]
+    names: list[str] | None
+
+
+def read_settings(weights: str) -> WeightSettings | None:
+    """
+    The settings that go with weights: from the file, if tools/convert_simclr_to_d2.py wrote it, or
+    from the .yaml that it wrote beside a .pkl, or from the config.yaml that a run wrote beside its
+    checkpoints.
+
+    Nothing in a file is executed, and of a .pth only the index is read.
+
+    Args:
+        weights: path of a local file; of other places nothing is known.
+    """
+    if not os.path.isfile(weights):
+        return None
+    content = _index(weights)
+    metadata = content.get(METADATA)
+    if isinstance(metadata, dict) and isinstance(metadata.get("settings"), dict):
+        return WeightSettings(metadata["settings"], None)
+    if os.path.isfile(f"{weights}.yaml"):
+        return WeightSettings(_read_yaml(f"{weights}.yaml"), None)
+    config = os.path.join(os.path.dirname(weights), "config.yaml")
+    state = content.get("model")
+    if not isinstance(state, dict) or not os.path.isfile(config):
+        return None
+    values = _read_yaml(config)
+    return WeightSettings(values, list(state)) if BACKBONE_NAME in values else None
+
+
+def _index(path: str) -> dict[str, Any]:
+    # Tensors of a zip file are mapped, not read. Older files, and pickles, are left alone.
+    if not zipfile.is_zipfile(path):
+        return {}
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    with open(path, encoding="utf-8") as f:
+        try:
+            loaded = yaml.safe_load(f)
+        except yaml.YAMLError:
+            return {}
+    return dict(flat_items(loaded)) if isinstance(loaded, dict) else {}
+
+
+def pixel_warnings(cfg: CfgNode, eval_only: bool = False) -> list[str]:
+    """
+    One message for each file of weights that was trained with other settings than ``cfg`` has, with
+    the keys to change.
+
+    Weights of which nothing is known, or that are another network's, give none.
+
+    Args:
+        cfg: of the run that starts.
+        eval_only: the model has MODEL.WEIGHTS only.
+    """
+    meta_arch = cfg.MODEL.META_ARCHITECTURE
+    if meta_arch in META_ARCH_REGISTRY:
+        model = META_ARCH_REGISTRY.get(meta_arch)
+        if isinstance(model, type) and issubclass(model, BoxRule):
+            return []
+    messages = []
+    for key, weights, prefixes in _starts(cfg, eval_only):
+        settings = read_settings(weights)
+        if settings is None or not _is_same_network(cfg, settings, prefixes):
+            continue
+        wrong = _differences(cfg, settings.values)
+        if wrong:
+            change = " ".join(f"{k} {shlex.quote(str(v))}" for k, (v, _) in wrong.items())
+            here = ", ".join(f"{k} {value}" for k, (_, value) in wrong.items())
+            messages.append(
+                f"{key} {weights} was trained with other settings, and is worth less with these "
+                f"({here}): add {change}"
+            )
+        # MODEL.WEIGHTS have the last word.
+        if key == "MODEL.WEIGHTS":
+            break
+    return messages
+
+
+def _starts(cfg: CfgNode, eval_only: bool) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """
+    Keys whose weights the model starts from, with the paths, and what the names of a run's tensors
+    that are used begin with.
+    """
+    model, is_localizer = cfg.MODEL, cfg.MODEL.META_ARCHITECTURE == "AVLocalizer"
+    own = "visual_encoder." if is_localizer else "backbone."
+    if model.WEIGHTS:
+        yield "MODEL.WEIGHTS", model.WEIGHTS, (own,)
+    if eval_only:
+        return
+    if is_localizer and model.LOCALIZER.BACKBONE_WEIGHTS:
+        weights = model.LOCALIZER.BACKBONE_WEIGHTS
+        yield "MODEL.LOCALIZER.BACKBONE_WEIGHTS", weights, ("visual_encoder.", "backbone.")
+    if not is_localizer and model.SELF_BOX.INIT_BACKBONE:
+        weights = model.SELF_BOX.LOCALIZER_WEIGHTS
+        yield "MODEL.SELF_BOX.LOCALIZER_WEIGHTS", weights, ("visual_encoder.",)
+
+
+def _is_same_network(cfg: CfgNode, settings: WeightSettings, prefixes: tuple[str, ...]) -> bool:
+    family = _family(cfg.MODEL.BACKBONE.NAME)
+    if settings.names is None:
+        return family == "resnet"
+    return family == _family(settings.values[BACKBONE_NAME]) and any(
+        name.startswith(prefixes) for name in settings.names
+    )
+
+
+def _family(backbone: str) -> str:
+    # With an FPN or without, with the stock stem or TensorFlow's.
+    return "resnet" if "resnet" in backbone else backbone.replace("_fpn", "")
+
+
+def _differences(cfg: CfgNode, values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """
+    Wanted and present values of the keys that differ.
+    """
+    present = dict(flat_items(cfg))
+    # Only bottlenecks have a 1x1 convolution that could have the stride.
+    is_bottleneck = _family(cfg.MODEL.BACKBONE.NAME) == "resnet" and all(
+        depth >= 50 for depth in (cfg.MODEL.RESNETS.DEPTH, values.get(DEPTH, 50))
+    )
+    return {
+        key: (values[key], present[key])
+        for key in PIXEL_KEYS
+        if key in values
+        and (key != STRIDE_IN_1X1 or is_bottleneck)
+        and not _is_equal(values[key], present[key])
+    }
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and np.allclose(a, b, rtol=1e-3)
+    return a == b

@@ -1,0 +1,150 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Frames of videos as the pictures of a test set, and where the sound to each one is.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from avdet2.data.clip_index import parallel_map
+from avdet2.data.datasets.ground_truth import Picture
+from avdet2.data.datasets.prepare import find_clips
+from avdet2.data.video import MediaError, MediaFile, VideoInfo, read_frame
+
+JPEG_QUALITY = 95
+SOUND_EXTENSIONS = (".wav", ".mp3", ".flac", ".m4a", ".ogg")
+NO_VIDEO = "no file of this clip"
+NO_SEGMENT = "its video is in no list of segments"
+# A window of one second has to hold a quarter of a second of sound.
+MAX_AFTER_END = 0.25
+
+
+def clip_files(folder: str) -> dict[tuple[str, int], str]:
+    """
+    The videos in a folder, by (id, start in ms), with their paths; a video without a start in its
+    name, such as `<id>.mp4`, starts at 0. Nothing where there is no such folder.
+    """
+    if not os.path.isdir(folder):
+        return {}
+    found = find_clips(folder)
+    plain = {(os.path.splitext(os.path.basename(path))[0], 0): path for path in found.others}
+    return {clip: os.path.join(folder, path) for clip, path in (plain | found.files).items()}
+
+
+def sound_files(folder: str) -> dict[str, str]:
+    """
+    The sound files in a folder, by their names without the ending.
+    """
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    parts = [os.path.splitext(name) for name in names]
+    return {
+        stem: os.path.join(folder, stem + end)
+        for stem, end in parts
+        if end.lower() in SOUND_EXTENSIONS
+    }
+
+
+def extract_frames(
+    pictures: Sequence[Picture],
+    root: str,
+    media: Mapping[tuple[str, int], str],
+    workers: int = 1,
+) -> tuple[dict[str, tuple[str, float]], dict[str, str]]:
+    """
+    Write the frames that are not there yet as jpg files, and find the sound to all.
+
+    Args:
+        pictures: their `clip` says which video they are from.
+        root: their `file_name` is relative to it.
+        media: file of each clip: a video, or, where the frame is there already, its sound.
+        workers: processes.
+
+    Returns:
+        tuple: (media file, seconds) by picture name, and the reasons of those that are missing. A
+        frame that is there without a video or sound is in neither.
+    """
+    groups: dict[tuple[str, int], list[Picture]] = {}
+    missing = {}
+    for picture in pictures:
+        if picture.clip in media:
+            groups.setdefault(picture.clip, []).append(picture)
+        elif not os.path.isfile(os.path.join(root, picture.file_name)):
+            missing[picture.name] = NO_VIDEO if picture.clip else NO_SEGMENT
+    jobs = [(media[clip], group) for clip, group in groups.items()]
+    results = parallel_map(partial(_frames_of_clip, root=root), jobs, min(workers, len(jobs)))
+    sounds = {}
+    for (path, _), found in zip(jobs, tqdm(results, "Frames", len(jobs), unit="clip")):
+        for name, seconds, problem in found:
+            if problem:
+                missing[name] = problem
+            else:
+                sounds[name] = (path, seconds)
+    return sounds, missing
+
+
+def _frames_of_clip(
+    job: tuple[str, list[Picture]], root: str
+) -> list[tuple[str, float, str | None]]:
+    # One process per core: OpenCV's own threads would only get in the way.
+    cv2.setNumThreads(0)
+    path, pictures = job
+    try:
+        with MediaFile(path) as media:
+            info = media.info()
+    except MediaError as error:
+        return [(picture.name, math.nan, error.reason) for picture in pictures]
+    times = [info.duration / 2 if p.time is None else p.time for p in pictures]
+    targets = [os.path.join(root, picture.file_name) for picture in pictures]
+    problems = _write_frames(path, dict(zip(targets, times)))
+    return [
+        (picture.name, time, problems.get(target) or _sound_problem(info, time))
+        for picture, time, target in zip(pictures, times, targets)
+    ]
+
+
+def _sound_problem(info: VideoInfo, time: float) -> str | None:
+    if not info.has_audio:
+        return "no audio stream"
+    return "no sound at that time" if time > info.duration + MAX_AFTER_END else None
+
+
+def _write_frames(path: str, times: Mapping[str, float]) -> dict[str, str]:
+    """
+    Frames by target file; returns the problems.
+    """
+    todo = sorted((time, target) for target, time in times.items() if not os.path.isfile(target))
+    done = 0
+    try:
+        with MediaFile(path) as media:
+            for frame in media.frames([time for time, _ in todo]) if todo else ():
+                _save(frame, todo[done][1])
+                done += 1
+    except MediaError:
+        # One moment outside of the video spoils the pass: the others are read by themselves.
+        return _write_one_by_one(path, todo[done:])
+    return {}
+
+
+def _write_one_by_one(path: str, todo: Iterable[tuple[float, str]]) -> dict[str, str]:
+    problems = {}
+    for time, target in todo:
+        try:
+            _save(read_frame(path, time), target)
+        except MediaError as error:
+            problems[target] = error.reason
+    return problems
+
+
+def _save(frame: np.ndarray, target: str) -> None:
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    part = f"{target}.part.jpg"
+    # OpenCV writes BGR.
+    if not cv2.imwrite(part, frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
+        raise OSError(f"{part}: cannot be written")
+    os.replace(part, target)

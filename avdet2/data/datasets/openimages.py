@@ -1,0 +1,121 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+OpenImages boxes of the paper's classes: 15 instruments (Tables 1 to 6) and the general classes of
+Tables A.1 and 7. Images and csv files are the user's to download.
+
+Classes are joined by their machine identifiers (MID), exactly: a box of a subclass, such as Parrot
+for Bird, is not a box of the class, since the paper says nothing of the hierarchy.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from avdet2.data.datasets.coco_av import register_prepared
+from avdet2.data.datasets.ground_truth import Box, GroundTruth, Picture, clean_corners
+from avdet2.data.datasets.label_maps import general_labels, openimages_mids, test_classes
+from avdet2.data.datasets.prepare import read_csv
+
+SPLITS = ("test", "validation", "train")
+_COLUMNS = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsGroupOf")
+
+
+def class_groups() -> dict[str, list[str]]:
+    """
+    Class names of each subset: "instruments" (15), "general" (the 11 of Table A.1), "general10"
+    (the ten of Table 7).
+    """
+    return {
+        "instruments": test_classes(),
+        "general": list(general_labels().values()),
+        "general10": list(general_labels(in_table_7=True).values()),
+    }
+
+
+def set_name(group: str, split: str) -> str:
+    """
+    Name of the registered data set.
+    """
+    return f"openimages_{group}_{split}"
+
+
+def read_boxes(lines: Iterable[str], source: str, split: str) -> GroundTruth:
+    """
+    Read the boxes of all classes of :func:`class_groups`, line by line: the training file has 14
+    million.
+
+    Args:
+        lines: of `<split>-annotations-bbox.csv`; columns are found by their names in the header.
+        source: name of the file, for errors.
+        split: images lie in the folder of this name.
+
+    Returns:
+        GroundTruth: of the 26 classes; pictures in the order of their ids. IsGroupOf boxes have
+        `iscrowd` 1.
+
+    Raises:
+        ValueError: a column is missing, or a row is cut short or holds no numbers.
+    """
+    classes, mids = zip(*openimages_mids().items())
+    category_of = {mid: i for i, mid in enumerate(mids)}
+    found: dict[str, list[Box]] = {}
+    dropped: Counter[str] = Counter()
+    for where, (image, mid, x0, x1, y0, y1, group) in _rows(lines, source, set(mids)):
+        corners = clean_corners(where, (x0, y0, x1, y1), dropped)
+        if corners:
+            box = Box(category_of[mid], corners, {"iscrowd": int(group == "1")})
+            found.setdefault(image, []).append(box)
+    pictures = [Picture(name, f"{split}/{name}.jpg", found[name]) for name in sorted(found)]
+    return GroundTruth(list(classes), pictures, dropped)
+
+
+def _rows(lines: Iterable[str], source: str, mids: set[str]) -> Iterator[tuple[str, list[str]]]:
+    rows = csv.reader(lines)
+    header = [name.strip() for name in next(rows, [])]
+    absent = [name for name in _COLUMNS if name not in header]
+    if absent:
+        raise ValueError(
+            f"{source}, line 1: no column {', '.join(absent)} in {','.join(header)[:120]!r}; "
+            "expected a file of boxes such as test-annotations-bbox.csv"
+        )
+    columns, label = [header.index(name) for name in _COLUMNS], header.index("LabelName")
+    try:
+        for fields in rows:
+            if len(fields) != len(header):
+                raise ValueError(
+                    f"{source}, line {rows.line_num}: expected {len(header)} columns, found "
+                    f"{len(fields)}: is the file cut short?"
+                )
+            if fields[label] in mids:
+                yield f"{source}, line {rows.line_num}", [fields[column] for column in columns]
+    except csv.Error as error:
+        raise ValueError(f"{source}, after line {rows.line_num}: no csv ({error})") from error
+
+
+def check_descriptions(path: str) -> dict[str, str]:
+    """
+    Look up our classes in class-descriptions-boxable.csv (MID, name, no header).
+
+    Returns:
+        dict: our name of each class that OpenImages calls otherwise, and what it calls it.
+
+    Raises:
+        ValueError: a MID is not in the file.
+    """
+    names = {mid: name for _, (mid, name) in read_csv(path, [2], "MID, name")}
+    absent = [name for name, mid in openimages_mids().items() if mid not in names]
+    if absent:
+        raise ValueError(f"{path}: no MID of {', '.join(absent)}: not the file of boxable classes?")
+    return {ours: names[mid] for ours, mid in openimages_mids().items() if names[mid] != ours}
+
+
+def register_openimages(root: str) -> None:
+    """
+    Register `openimages_{instruments,general,general10}_{test,validation,train}`.
+
+    Args:
+        root: folder that `prepare_openimages.py` wrote or will write to.
+    """
+    for group, classes in class_groups().items():
+        for split in SPLITS:
+            register_prepared(root, set_name(group, split), "prepare_openimages.py", classes)

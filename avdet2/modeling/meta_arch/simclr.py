@@ -1,0 +1,233 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+SimCLR: a backbone learned from single frames, or pairs of frames, without labels or sound.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from detectron2.config import configurable
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+from detectron2.utils.events import get_event_storage
+
+from avdet2.modeling.heads import global_pool
+from avdet2.modeling.nt_xent import NTXentLoss
+from avdet2.modeling.views import RandomView, center_crops
+
+logger = logging.getLogger(__name__)
+
+
+@META_ARCH_REGISTRY.register()
+class SimCLR(nn.Module):
+    """
+    A trunk whose pooled features, after a projection head, are alike for two views of a frame and
+    unlike for others ("A Simple Framework for Contrastive Learning of Visual Representations").
+
+    The trunk is ``backbone.bottom_up``, as in a detector with an FPN, which loads the checkpoint
+    as it is. In training a dict of losses is returned, in inference the pooled features.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        trunk: Backbone,
+        feature: str,
+        num_layers: int,
+        hidden_dim: int,
+        out_dim: int,
+        norm: str,
+        nt_xent: NTXentLoss,
+        view: RandomView,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        image_format: str,
+    ) -> None:
+        """
+        Args:
+            trunk: any backbone; of an FPN, its bottom-up part.
+            feature: the trunk's last output, which is pooled.
+            num_layers, hidden_dim, out_dim, norm: of the projection head.
+            nt_xent: the loss.
+            view: makes a view of each frame.
+            pixel_mean, pixel_std: per channel, of images in 0..255.
+            image_format: "RGB" or "BGR".
+        """
+        super().__init__()
+        trunk = getattr(trunk, "bottom_up", trunk)
+        _check_trunk(trunk, feature)
+        zero_init_residual(trunk)
+        self.backbone, self.feature = nn.ModuleDict({"bottom_up": trunk}), feature
+        channels = trunk.output_shape()[feature].channels
+        self.head = ProjectionHead(channels, num_layers, hidden_dim, out_dim, norm)
+        self.nt_xent, self.view, self.image_format = nt_xent, view, image_format
+        self.last_accuracy: torch.Tensor | None = None
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        # Faster on CPUs, and what tensor cores want.
+        self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_config(cls, cfg):
+        node = cfg.MODEL.SIMCLR
+        return {
+            "trunk": build_backbone(cfg),
+            "feature": node.FEATURE,
+            "num_layers": node.NUM_LAYERS,
+            "hidden_dim": node.HIDDEN_DIM,
+            "out_dim": node.OUT_DIM,
+            "norm": node.NORM,
+            "nt_xent": NTXentLoss(node.TEMPERATURE, node.GATHER),
+            "view": RandomView(cfg),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "image_format": cfg.INPUT.FORMAT,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+        """
+        Args:
+            batched_inputs: dicts of FrameMapper, with "image" (3, h, w) uint8 of any size; in
+                training optionally "image2", of which the second view is made.
+
+        Returns:
+            in training a dict of ``loss_nt_xent``. In inference a list of dicts with "feature"
+            (C,).
+        """
+        if not self.training:
+            return [{"feature": feature} for feature in self.extract(batched_inputs)]
+        projections = self.head(self._pooled(self.preprocess(batched_inputs))).flatten(1)
+        # Under AMP the products of the similarities would be in half precision.
+        with torch.autocast(self.device.type, enabled=False):
+            loss, accuracy = self.nt_xent(*projections.float().chunk(2))
+        self._log(accuracy)
+        return {"loss_nt_xent": loss}
+
+    def _log(self, accuracy: torch.Tensor) -> None:
+        # That of the step before: to read this one would wait for the device, which would then
+        # have nothing to do until the backward pass arrives.
+        if self.last_accuracy is not None:
+            get_event_storage().put_scalar("simclr/accuracy", self.last_accuracy.item())
+        self.last_accuracy = accuracy
+
+    def preprocess(self, batched_inputs: list[dict]) -> torch.Tensor:
+        """
+        Normalised views (2 N, 3, SIZE, SIZE) on the model's device: first all first views, then all
+        second ones.
+        """
+        first = self._frames(batched_inputs, "image")
+        second = first
+        if "image2" in batched_inputs[0]:
+            second = self._frames(batched_inputs, "image2")
+        return self._normalize(torch.cat([self.view(first), self.view(second)]))
+
+    def extract(self, batched_inputs: list[dict]) -> torch.Tensor:
+        """
+        Pooled features, before the projection head, of the largest central squares of images.
+
+        Args:
+            batched_inputs: dicts with "image" (3, h, w) uint8, of any size.
+
+        Returns:
+            Tensor: of shape (N, C), float32.
+        """
+        images = center_crops(self._frames(batched_inputs, "image"), self.view.size)
+        return self._pooled(self._normalize(images)).flatten(1).float()
+
+    def _frames(self, batched_inputs: list[dict], key: str) -> list[torch.Tensor]:
+        images = [x[key].to(self.device, non_blocking=True) for x in batched_inputs]
+        # Hue and grayscale are those of RGB.
+        return [image.flip(0) for image in images] if self.image_format == "BGR" else images
+
+    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
+        if self.image_format == "BGR":
+            images = images.flip(1)
+        images = (images * 255 - self.pixel_mean) / self.pixel_std
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _pooled(self, images: torch.Tensor) -> torch.Tensor:
+        return global_pool(self.backbone["bottom_up"](images)[self.feature])
+
+
+class ProjectionHead(nn.Sequential):
+    """
+    SimCLR's projection head g: linear layers (as 1x1 convolutions) without bias, each with batch
+    norm, and ReLU behind all but the last, whose batch norm has no shift.
+
+    It maps (N, C, 1, 1) to (N, out_dim, 1, 1).
+    """
+
+    def __init__(
+        self, in_channels: int, num_layers: int, hidden_dim: int, out_dim: int, norm: str
+    ) -> None:
+        """
+        Args:
+            in_channels: channels of the trunk.
+            num_layers: 2 in SimCLR, 3 in SimCLR v2.
+            hidden_dim: width of all layers but the last.
+            out_dim: width of the last.
+            norm: a name that :func:`detectron2.layers.get_norm` knows, or "".
+        """
+        if num_layers < 1:
+            raise ValueError(f"MODEL.SIMCLR.NUM_LAYERS must be at least 1, not {num_layers}")
+        widths = [in_channels, *[hidden_dim] * (num_layers - 1), out_dim]
+        layers = []
+        for i, (width_in, width_out) in enumerate(zip(widths, widths[1:]), 1):
+            activation = F.relu if i < num_layers else None
+            layer = Conv2d(
+                width_in,
+                width_out,
+                kernel_size=1,
+                bias=False,
+                norm=get_norm(norm, width_out),
+                activation=activation,
+            )
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            layers.append(layer)
+        super().__init__(*layers)
+        if norm:
+            # Stays zero: without a gradient no optimizer gets it.
+            layers[-1].norm.bias.requires_grad_(False)
+
+
+def _check_trunk(trunk: Backbone, feature: str) -> None:
+    outputs = list(trunk.output_shape())
+    if feature not in outputs:
+        raise ValueError(
+            f"MODEL.SIMCLR.FEATURE {feature!r} is none of the backbone's outputs {outputs}"
+        )
+    if feature != outputs[-1]:
+        raise ValueError(
+            f"MODEL.SIMCLR.FEATURE {feature!r} is not the last of the backbone's outputs {outputs}:"
+            " what is behind it would not be trained; shorten OUT_FEATURES"
+        )
+    trained = [value.requires_grad for value in trunk.parameters()]
+    if not all(trained) or any(isinstance(m, FrozenBatchNorm2d) for m in trunk.modules()):
+        logger.warning(
+            "SimCLR: a part of the backbone is frozen; to train it from the start, set "
+            "MODEL.BACKBONE.FREEZE_AT 0 and MODEL.RESNETS.NORM BN or SyncBN"
+        )
+
+
+def zero_init_residual(trunk: nn.Module) -> None:
+    """
+    Let every residual block of a Detectron2 ResNet start as its shortcut, as SimCLR does: the scale
+    of its last batch norm is set to zero, in place. Other networks, and frozen batch norms, stay as
+    they are.
+    """
+    for block in trunk.modules():
+        if isinstance(block, (BasicBlock, BottleneckBlock)):
+            last = block.conv3 if isinstance(block, BottleneckBlock) else block.conv2
+            weight = getattr(last.norm, "weight", None)
+            if isinstance(weight, nn.Parameter):
+                nn.init.zeros_(weight)

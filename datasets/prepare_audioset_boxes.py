@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Take the frames of AudioSet's balanced clips that DSOL has boxes for and write these as COCO json:
+audioset_instruments_test, audioset_instruments_solo_test and audioset_instruments_multi_test.
+
+    python datasets/prepare_audioset_boxes.py --boxes audioset_box.json \\
+        --segments balanced_train_segments.csv --videos /data/audioset/balanced
+
+Clips are named {YTID}_{start:06d}.mp4 or {YTID}_{start_ms}_{end_ms}.mp4, in the folder or in
+folders below it. What is not there is listed in annotations/*_missing.csv. Run again, it makes
+what is missing.
+"""
+
+import argparse
+import os
+import sys
+
+from avdet2.data.datasets.audioset_boxes import (
+    PARTS,
+    part_of,
+    read_audioset_boxes,
+    read_segments,
+)
+from avdet2.data.datasets.frames import clip_files, extract_frames
+from avdet2.data.datasets.ground_truth import write_ground_truths
+
+
+def parse_arguments() -> argparse.Namespace:
+    """
+    Read the command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "audioset_boxes")
+    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
+    parser.add_argument("--boxes", help="file of boxes (default: audioset_box.json in --output)")
+    parser.add_argument("--segments", required=True, help="AudioSet's balanced_train_segments.csv")
+    parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """
+    Read, extract, write, and say what is there.
+    """
+    boxes = args.boxes or os.path.join(args.output, "audioset_box.json")
+    segments = read_segments(args.segments)
+    truth = read_audioset_boxes(boxes, segments)
+    media = clip_files(args.videos or os.path.join(args.output, "videos"))
+    sounds, missing = extract_frames(truth.pictures, args.output, media, args.workers)
+    sets = {
+        f"audioset_instruments_{part}test": part_of(truth, segments, part) for part in PARTS
+    }
+    sources = [boxes, args.segments]
+    print(*write_ground_truths(args.output, sets, sources, missing, sounds), sep="\n")
+
+
+def main() -> None:
+    """
+    See the top of this file.
+    """
+    args = parse_arguments()
+    try:
+        prepare(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare_audioset_boxes.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

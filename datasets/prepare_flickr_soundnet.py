@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Write the boxes of Flickr-SoundNet's localisation test set as COCO json: flickr_soundnet_test.
+
+    python datasets/prepare_flickr_soundnet.py --ids flickr_test.csv --boxes Annotations
+
+The data set's authors give the frames, their sound and the boxes: <output>/frames/{id}.jpg,
+<output>/audio/{id}.wav and the folder of {id}.xml. Where there is no frame, the middle one of
+<output>/videos/{id}.mp4 is taken. What is not there is listed in annotations/*_missing.csv.
+"""
+
+import argparse
+import os
+import sys
+
+from avdet2.data.datasets.flickr import read_flickr, read_ids
+from avdet2.data.datasets.frames import clip_files, extract_frames, sound_files
+from avdet2.data.datasets.ground_truth import write_ground_truth
+
+
+def parse_arguments() -> argparse.Namespace:
+    """
+    Read the command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "flickr_soundnet")
+    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
+    parser.add_argument("--ids", help="csv of ids (default: flickr_test.csv in --output)")
+    parser.add_argument("--boxes", help="folder of XML files (default: Annotations in --output)")
+    parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """
+    Read, extract, write, and say what is there.
+    """
+    ids = args.ids or os.path.join(args.output, "flickr_test.csv")
+    truth, missing = read_flickr(
+        read_ids(ids), args.boxes or os.path.join(args.output, "Annotations")
+    )
+    sound = sound_files(os.path.join(args.output, "audio"))
+    media = {(name, 0): path for name, path in sound.items()}
+    media |= clip_files(args.videos or os.path.join(args.output, "videos"))
+    sounds, no_frame = extract_frames(truth.pictures, args.output, media, args.workers)
+    lines = write_ground_truth(
+        args.output, "flickr_soundnet_test", truth, [ids], no_frame | missing, sounds
+    )
+    print(*lines, sep="\n")
+
+
+
+def main() -> None:
+    """
+    See the top of this file.
+    """
+    args = parse_arguments()
+    try:
+        prepare(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare_flickr_soundnet.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Take the frames of MUSIC that DSOL has boxes for and write these as COCO json: music_solo_test and
+music_duet_test.
+
+    python datasets/prepare_music.py --solo solotest.json --duet duettest.json --videos /data/music
+
+Videos are named {YTID}.mp4 or {YTID}_0_1000.mp4, in the folder or in folders below it, and begin
+where the video on YouTube does. What is not there is listed in annotations/*_missing.csv. Run
+again, it makes what is missing.
+"""
+
+import argparse
+import os
+import sys
+
+from avdet2.data.datasets.frames import clip_files, extract_frames
+from avdet2.data.datasets.ground_truth import write_ground_truth
+from avdet2.data.datasets.music import PARTS, read_music
+
+
+def parse_arguments() -> argparse.Namespace:
+    """
+    Read the command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "music")
+    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
+    parser.add_argument("--solo", help="solotest.json, or gzipped; without it, it is left out")
+    parser.add_argument("--duet", help="duettest.json, or gzipped; without it, it is left out")
+    parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """
+    Read, extract, write, and say what is there.
+    """
+    files = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
+    if not files:
+        raise ValueError("give --solo, --duet or both")
+    media = clip_files(args.videos or os.path.join(args.output, "videos"))
+    for part, path in files.items():
+        truth = read_music(path)
+        sounds, missing = extract_frames(truth.pictures, args.output, media, args.workers)
+        name = f"music_{part}_test"
+        print(*write_ground_truth(args.output, name, truth, [path], missing, sounds), sep="\n")
+
+
+
+def main() -> None:
+    """
+    See the top of this file.
+    """
+    args = parse_arguments()
+    try:
+        prepare(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare_music.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

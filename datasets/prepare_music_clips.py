@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Cut MUSIC's solos and duets into training clips and write their lists, with their hashes.
+
+    python datasets/prepare_music_clips.py --solo MUSIC_solo_videos.json --videos /data/music
+        --exclude solotest.json duettest.json
+
+Videos are whole and named {YTID}.mp4, in the folder or below it. What is not there is listed in
+missing.csv. The frames with boxes are prepare_music.py's.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+from avdet2.data.datasets.music_clips import (
+    music_test_videos,
+    prepare_music_clips,
+    read_music_videos,
+)
+from avdet2.data.datasets.prepare import summary
+from avdet2.data.datasets.segments import manifest_lines
+
+
+def parse_arguments() -> argparse.Namespace:
+    """
+    Read the command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "music")
+    parser.add_argument("--solo", help="MUSIC_solo_videos.json; without it, it is left out")
+    parser.add_argument("--duet", help="MUSIC_duet_videos.json; without it, it is left out")
+    parser.add_argument("--videos", help="folder of the videos (default: videos in --output)")
+    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
+    parser.add_argument("--clip-seconds", type=float, default=10.0, help="length of the clips")
+    parser.add_argument("--exclude", nargs="+", default=[], help="DSOL's json files of test frames")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """
+    Read, cut, write, and say what is there.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse_arguments()
+    files = {"solo": args.solo, "duet": args.duet}
+    try:
+        parts = {part: read_music_videos(path) for part, path in files.items() if path}
+        if not parts:
+            raise ValueError("give --solo, --duet or both")
+        manifest, missing = prepare_music_clips(
+            args.output,
+            args.videos or os.path.join(args.output, "videos"),
+            parts,
+            [*filter(None, files.values()), *args.exclude],
+            args.clip_seconds,
+            set().union(*map(music_test_videos, args.exclude)),
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare_music_clips.py: {error}")
+    print("\n".join(manifest_lines(manifest)))
+    print(summary("videos", manifest["segments"] - len(missing), missing))
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Write OpenImages' boxes of the paper's classes as COCO json: openimages_instruments_test (15
+classes), openimages_general_test (11) and openimages_general10_test (the ten of Table 7).
+
+    python datasets/prepare_openimages.py --boxes test-annotations-bbox.csv \\
+        --descriptions class-descriptions-boxable.csv
+
+Run it once for <output>/openimages_*_test_images.txt, lists of images that OpenImages' downloader
+takes; put these into <output>/test/{ImageID}.jpg, and run it again. What is not there is listed in
+annotations/*_missing.csv.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from avdet2.data.datasets.ground_truth import relabel, write_ground_truths
+from avdet2.data.datasets.openimages import (
+    SPLITS,
+    check_descriptions,
+    class_groups,
+    read_boxes,
+    set_name,
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """
+    Read the command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "openimages")
+    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
+    parser.add_argument("--boxes", required=True, help="csv of the split's boxes")
+    parser.add_argument("--descriptions", help="class-descriptions-boxable.csv, as a check")
+    return parser.parse_args()
+
+
+def lines_of(path: str) -> Iterator[str]:
+    """
+    The lines of a file, with a bar of the bytes that are read.
+    """
+    with (
+        open(path, encoding="utf-8-sig", newline="") as stream,
+        tqdm(total=os.path.getsize(path), desc="Boxes", unit="B", unit_scale=True) as bar,
+    ):
+        for number, line in enumerate(stream):
+            yield line
+            if number % 10000 == 0:
+                bar.update(stream.buffer.tell() - bar.n)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """
+    Read, write, and say what is there.
+    """
+    if args.descriptions:
+        for ours, theirs in check_descriptions(args.descriptions).items():
+            print(f"{ours} is called {theirs} by OpenImages")
+    truth = read_boxes(lines_of(args.boxes), args.boxes, args.split)
+    sets = {
+        set_name(group, args.split): relabel(truth, {name: name for name in classes}, classes)
+        for group, classes in class_groups().items()
+    }
+    os.makedirs(args.output, exist_ok=True)
+    for name, part in sets.items():
+        path = os.path.join(args.output, f"{name}_images.txt")
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.writelines(f"{args.split}/{picture.name}\n" for picture in part.pictures)
+        print(f"{path}: {len(part.pictures)} images to have")
+    print(*write_ground_truths(args.output, sets, [args.boxes]), sep="\n")
+
+
+def main() -> None:
+    """
+    See the top of this file.
+    """
+    args = parse_arguments()
+    try:
+        prepare(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare_openimages.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Take the middle frames of VGG-SS's clips and write their boxes as COCO json: vggss_test, and for the
+15 instruments of the test sets vggsound_test_boxes and vggsound_test_boxes_representative.
+
+    python datasets/prepare_vggss.py --boxes vggss.json --videos /data/vggsound/videos
+
+Clips are named {YTID}_{start:06d}.mp4 or {YTID}_{start_ms}_{end_ms}.mp4, in the folder or in
+folders below it. Who has frames instead puts them into <output>/frames/{YTID}_{start:06d}.jpg, and
+the sound into <output>/audio/{YTID}_{start:06d}.wav. What is not there is listed in
+annotations/*_missing.csv. Run again, it makes what is missing.
+"""
+
+import argparse
+import os
+import sys
+
+from avdet2.data.datasets.frames import clip_files, extract_frames, sound_files
+from avdet2.data.datasets.ground_truth import write_ground_truths
+from avdet2.data.datasets.prepare import parse_clip_name
+from avdet2.data.datasets.vggss import read_vggss, vggsound_boxes
+
+
+def parse_arguments() -> argparse.Namespace:
+    """
+    Read the command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "vggss")
+    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
+    parser.add_argument("--boxes", help="vggss.json (default: the one in --output)")
+    parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """
+    Read, extract, write, and say what is there.
+    """
+    boxes = args.boxes or os.path.join(args.output, "vggss.json")
+    truth = read_vggss(boxes)
+    sound = sound_files(os.path.join(args.output, "audio"))
+    media = {parse_clip_name(name): path for name, path in sound.items()}
+    media |= clip_files(args.videos or os.path.join(args.output, "videos"))
+    sounds, missing = extract_frames(truth.pictures, args.output, media, args.workers)
+    sets = {
+        "vggss_test": truth,
+        "vggsound_test_boxes": vggsound_boxes(truth),
+        "vggsound_test_boxes_representative": vggsound_boxes(truth, representative=True),
+    }
+    print(*write_ground_truths(args.output, sets, [boxes], missing, sounds), sep="\n")
+
+
+
+def main() -> None:
+    """
+    See the top of this file.
+    """
+    args = parse_arguments()
+    try:
+        prepare(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare_vggss.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+What cannot be converted gives one clear error, and nothing in a file is executed.
+"""
+
+import os
+import pickle
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import published
+import pytest
+import torch
+
+from avdet2.checkpoint import read_resnet, save_resnet
+from avdet2.checkpoint.resnet_names import convolutions, resnet_shapes
+
+
+@pytest.fixture(scope="module")
+def state():
+    return published.light_state()
+
+
+@pytest.fixture(scope="module")
+def variables(state):
+    return published.tf1_variables(state)
+
+
+def _save(folder: Path, content) -> str:
+    path = folder / "checkpoint.pth"
+    torch.save(content, path)
+    return str(path)
+
+
+def test_numbers_of_tensors():
+    # conv and batch norm: 20, 36, 53, 104, 155 of each.
+    for depth, tensors in {18: 100, 34: 180, 50: 265, 101: 520, 152: 775}.items():
+        assert len(resnet_shapes(depth)) == tensors
+        named = published.light_state(f"resnet{depth}")
+        kept = [n for n in named if not n.startswith("fc.") and "num_batches" not in n]
+        assert len(kept) == tensors
+    order = [place for _, _, place in published.creation_order()]
+    assert [name for name, _ in convolutions(50)] == order
+
+
+@pytest.mark.parametrize("depth", [18, 34, 101, 152])
+def test_the_depth_is_counted(depth, tmp_path):
+    found = read_resnet(_save(tmp_path, published.light_state(f"resnet{depth}")))
+    assert found.depth == depth and len(found.tensors) == len(resnet_shapes(depth))
+    assert ("MODEL.RESNETS.STRIDE_IN_1X1" in found.settings) == (depth >= 50)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("layer3.2.bn2.running_var"), "res4.2.conv2.norm.running_var missing"),
+        (lambda s: s.update({"extra.weight": torch.ones(1)}), "extra.weight left over"),
+        (lambda s: s.update({"bn1.weight": torch.ones(32)}), r"bn1.weight is \(32,\), not \(64,\)"),
+        (lambda s: s.update({"conv1.weight": torch.ones(64, 3, 3, 3)}), "not 7x7"),
+        (lambda s: s.update({"bn1.bias": torch.full((64,), torch.nan)}), "not finite in bn1.bias"),
+        (
+            lambda s: [s.pop(k) for k in list(s) if k.startswith("layer4.2")],
+            "numbers of its blocks",
+        ),
+        (lambda s: s.update({"conv1.0.weight": s.pop("conv1.weight")}), "ResNet-D"),
+        (lambda s: s.clear(), "holds no ResNet"),
+        (lambda s: s.update({f"student.{k}": v for k, v in s.items()}), "holds 2 ResNets"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message, state, tmp_path):
+    state = dict(state)
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        read_resnet(_save(tmp_path, state))
+
+
+def test_wide_resnets_and_selective_kernels_are_refused(state, variables, tmp_path):
+    wide = {k: torch.ones(()).expand([2 * n for n in v.shape]) for k, v in state.items()}
+    with pytest.raises(ValueError, match=r"ResNet-50 \(2x\).*1x only"):
+        read_resnet(_save(tmp_path, {"state_dict": wide}))
+    # Files that are small; numbers of convolutions come before shapes.
+    variables = {name: value[:1] for name, value in variables.items() if value.ndim}
+    sk1 = dict(variables)
+    for i in range(53, 90):
+        sk1[f"base_model/conv2d_{i}/kernel"] = np.ones((1, 1, 8, 8), np.float32)
+    with pytest.raises(ValueError, match="it has 90 convolutions.*sk0"):
+        read_resnet(published.write_npz(tmp_path / "sk1.npz", sk1))
+    left_over = {**variables, "base_model/dense/kernel": np.ones(3, np.float32)}
+    with pytest.raises(ValueError, match="base_model/dense/kernel left over"):
+        read_resnet(published.write_npz(tmp_path / "left.npz", left_over))
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "module.", "online.net."])
+def test_an_ambiguous_source_must_be_named(prefix, state, tmp_path):
+    path = _save(tmp_path, {"state_dict": {prefix + k: v for k, v in state.items()}, "epoch": 1})
+    with pytest.raises(ValueError, match="--source"):
+        read_resnet(path)
+    assert read_resnet(path, "vissl").settings["MODEL.PIXEL_MEAN"][0] == 123.675
+    assert read_resnet(path, "tonylins").settings["MODEL.PIXEL_STD"] == [255.0] * 3
+
+
+class Callback:
+    """
+    An object of a training code that is not installed.
+    """
+
+    def __init__(self):
+        self.best = 1.0
+
+
+class Bomb:
+    def __init__(self, function, path):
+        self.call = (function, (str(path),))
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_objects_of_a_trainer_are_left_out(state, tmp_path):
+    content = {"state_dict": state, "callbacks": {Callback: Callback()}}
+    path = _save(tmp_path, content)
+    assert read_resnet(path, "torchvision").depth == 50
+
+
+@pytest.mark.parametrize("function", [os.mkdir, os.system, eval, exec])
+def test_nothing_is_executed(function, state, tmp_path):
+    marker = tmp_path / "executed"
+    command = marker if function is os.mkdir else f"open({str(marker)!r}, 'w')"
+    if function is os.system:
+        command = f"touch {marker}"
+    path = _save(tmp_path, {"state_dict": state, "bomb": Bomb(function, command)})
+    try:
+        read_resnet(path, "torchvision")
+    except ValueError as error:
+        assert "not executed" in str(error)
+    assert not marker.exists()
+    # The same in a pickle that is no file of PyTorch.
+    with open(path, "wb") as f:
+        pickle.dump({"model": Bomb(function, command)}, f, protocol=2)
+    with pytest.raises(ValueError, match="no PyTorch checkpoint"):
+        read_resnet(path)
+    assert not marker.exists()
+    np.savez(tmp_path / "bomb.npz", np.array([Bomb(function, command)], dtype=object))
+    with pytest.raises(ValueError, match="plain arrays"):
+        read_resnet(str(tmp_path / "bomb.npz"))
+    assert not marker.exists()
+
+
+def _zip(path, names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"")
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.npz", "a.zip", "a.pkl"])
+@pytest.mark.parametrize("content", [b"", b"text\n", "half"])
+def test_files_that_are_none_or_not_complete(name, content, state, variables, tmp_path):
+    path = tmp_path / name
+    if content == "half":
+        small = {k: v[:1] for k, v in variables.items() if v.ndim}
+        np.savez(path, **small) if name == "a.npz" else torch.save(state, path)
+        whole = (tmp_path / name).read_bytes()
+        content = whole[: len(whole) // 2]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*(complete|no PyTorch checkpoint)"):
+        read_resnet(str(path))
+
+
+def test_files_and_folders_without_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="neither a file nor a folder"):
+        read_resnet(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no TensorFlow checkpoint"):
+        read_resnet(str(tmp_path / "empty"))
+    _zip(tmp_path / "images.zip", ["a.jpg", "b.jpg"])
+    with pytest.raises(ValueError, match=r"holds no TensorFlow checkpoint"):
+        read_resnet(str(tmp_path / "images.zip"))
+    for name in ("model.ckpt-1", "model.ckpt-2"):
+        (tmp_path / "empty" / f"{name}.index").touch()
+    with pytest.raises(ValueError, match=r"several.*model.ckpt-1, .*model.ckpt-2"):
+        read_resnet(str(tmp_path / "empty"))
+    _zip(tmp_path / "two.zip", ["a/model.ckpt-1.index", "a/model.ckpt-2.index"])
+    with pytest.raises(ValueError, match=r"several.*a/model.ckpt-1, a/model.ckpt-2"):
+        read_resnet(str(tmp_path / "two.zip"))
+
+
+FILES = [
+    "model.ckpt-225206.index",
+    "model.ckpt-225206.data-00000-of-00001",
+    "model.ckpt-225206.meta",
+]
+MODULE = ["hub/saved_model.pb", "hub/variables/variables.index"]
+
+
+@pytest.fixture
+def tensorflow(monkeypatch, variables):
+    """
+    A TensorFlow whose every checkpoint has SimCLR's variables.
+    """
+    loaded = []
+
+    class Reader:
+        def get_variable_to_dtype_map(self):
+            kinds = {name: value.dtype.kind == "f" for name, value in variables.items()}
+            return {name: types.SimpleNamespace(is_floating=kinds[name]) for name in kinds}
+
+        def get_tensor(self, name):
+            return variables[name]
+
+    def load_checkpoint(prefix):
+        assert os.path.isfile(f"{prefix}.index")
+        loaded.append(prefix)
+        return Reader()
+
+    fake = types.ModuleType("tensorflow")
+    fake.train = types.SimpleNamespace(load_checkpoint=load_checkpoint)
+    fake.errors = types.SimpleNamespace(OpError=KeyError)
+    monkeypatch.setitem(sys.modules, "tensorflow", fake)
+    return loaded
+
+
+@pytest.mark.parametrize("form", ["folder", "prefix", "index", "zip"])
+def test_tensorflow_checkpoints(form, tensorflow, tmp_path):
+    names = [f"ResNet50_1x/{name}" for name in FILES + MODULE]
+    _zip(tmp_path / "r50.zip", names)
+    with zipfile.ZipFile(tmp_path / "r50.zip") as archive:
+        archive.extractall(tmp_path)
+    path = {
+        "folder": tmp_path / "ResNet50_1x",
+        "prefix": tmp_path / "ResNet50_1x/model.ckpt-225206",
+        "index": tmp_path / "ResNet50_1x/model.ckpt-225206.index",
+        "zip": tmp_path / "r50.zip",
+    }[form]
+    found = read_resnet(str(path))
+    assert found.source == "simclr" and len(found.tensors) == 265
+    assert os.path.basename(tensorflow[0]) == "model.ckpt-225206"
+    # The optimizer's were not even read.
+    assert found.dropped == {"head_contrastive": 1, "head_supervised": 2}
+
+
+def test_without_tensorflow_there_is_a_tool_for_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    for name in FILES:
+        (tmp_path / name).touch()
+    _zip(tmp_path / "r50.zip", FILES)
+    for path in (tmp_path, tmp_path / "r50.zip"):
+        with pytest.raises(ValueError, match="dump_tf_checkpoint.py"):
+            read_resnet(str(path))
+
+
+def test_detectron2_loads_two_endings_only(state, tmp_path):
+    weights = read_resnet(_save(tmp_path, state))
+    with pytest.raises(ValueError, match=".pth and .pkl"):
+        save_resnet(weights, str(tmp_path / "weights.npz"))

@@ -1,0 +1,146 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+import numpy as np
+import pytest
+import torch
+
+from detectron2.config import get_cfg
+
+from avdet2.config import add_avdet2_config
+from avdet2.modeling.losses import NCELoss, Temperature
+from avdet2.modeling.objectives import CorrespondenceLoss, TripletLoss, build_objective
+
+PAIRS, DIM, HEIGHT, WIDTH = 5, 4, 3, 2
+
+
+def _features(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Embeddings that are not of unit length.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    visual = torch.randn(PAIRS, DIM, HEIGHT, WIDTH, generator=generator, dtype=torch.float64)
+    return visual, torch.randn(PAIRS, DIM, generator=generator, dtype=torch.float64)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def _attended(visual: np.ndarray, audio: np.ndarray) -> np.ndarray:
+    """
+    What each sound attends to in its frame, location by location.
+    """
+    vectors = []
+    for frame, sound in zip(visual, audio):
+        cells = frame.reshape(DIM, -1).T
+        weights = np.exp([max(0.0, float(cell @ sound)) for cell in cells])
+        vectors.append(sum(w * cell for w, cell in zip(weights / weights.sum(), cells)))
+    return np.array(vectors)
+
+
+def test_correspondence_loss_equals_numpy():
+    visual, audio = _features()
+    objective = CorrespondenceLoss(Temperature("linear", 0.4).double()).double()
+    with torch.no_grad():
+        objective.shift.fill_(-1.3)
+    loss, accuracy = objective(visual, audio)
+    matching, mismatched, right = [], [], {True: [], False: []}
+    for i, frame in enumerate(visual.numpy()):
+        for j, sound in enumerate(audio.numpy()):
+            # AVOL-Net: scale and shift, then the sigmoid, then the maximum over the map.
+            p = _sigmoid(np.einsum("dhw,d->hw", frame, sound) / 0.4 - 1.3).max()
+            (matching if i == j else mismatched).append(-np.log(p if i == j else 1 - p))
+            right[i == j].append((p > 0.5) == (i == j))
+    expected = (np.mean(matching) + np.mean(mismatched)) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert accuracy.item() == pytest.approx((np.mean(right[True]) + np.mean(right[False])) / 2)
+
+
+def test_correspondence_loss_by_hand():
+    # Scores 1 and 0 for matching and mismatched pairs, at scale 1 and shift 0.
+    visual = torch.eye(2)[:, :, None, None]
+    loss, accuracy = CorrespondenceLoss(Temperature("linear", 1.0))(visual, torch.eye(2))
+    expected = (np.log(1 + np.exp(-1)) + np.log(2)) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert accuracy.item() == 1.0
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_triplet_loss_equals_numpy(margin):
+    visual, audio = _features()
+    loss, accuracy = TripletLoss(margin)(visual, audio)
+    vectors, sounds = _attended(visual.numpy(), audio.numpy()), audio.numpy()
+    own = np.linalg.norm(vectors - sounds, axis=1)
+    other = np.linalg.norm(vectors - np.concatenate([sounds[1:], sounds[:1]]), axis=1)
+    if margin:
+        expected = np.maximum(0, own - other + margin).mean()
+    else:
+        shares = np.exp(np.stack([own, other], axis=1))
+        shares /= shares.sum(axis=1, keepdims=True)
+        expected = ((shares - [0, 1]) ** 2).mean()
+    # The distance of PyTorch has an epsilon of 1e-6.
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert accuracy.item() == pytest.approx((own < other).mean())
+
+
+def test_triplet_loss_by_hand():
+    # Uniform maps: each frame attends to its own sound's vector, at distance 0 from it and at
+    # sqrt(2) from the other one.
+    visual = torch.eye(2)[:, :, None, None].expand(2, 2, 3, 3)
+    loss, accuracy = TripletLoss(2.0)(visual, torch.eye(2))
+    assert loss.item() == pytest.approx(2 - 2**0.5, abs=1e-5)
+    assert accuracy.item() == 1.0
+    ratio, _ = TripletLoss(0.0)(visual, torch.eye(2))
+    assert ratio.item() == pytest.approx(1 / (1 + np.exp(2**0.5)) ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["bce", "hinge", "ratio"])
+def test_gradients_are_those_of_finite_differences(objective):
+    module = {
+        "bce": CorrespondenceLoss(Temperature("log", 2.0).double()).double(),
+        "hinge": TripletLoss(0.7),
+        "ratio": TripletLoss(0.0),
+    }[objective]
+    visual, audio = (x[:3].requires_grad_() for x in _features())
+    assert torch.autograd.gradcheck(lambda v, a: module(v, a)[0], (visual, audio))
+
+
+@pytest.mark.parametrize("module", [CorrespondenceLoss(Temperature()), TripletLoss(1.0)])
+def test_a_single_pair_is_refused(module):
+    visual, audio = (x[:1].float() for x in _features())
+    with pytest.raises(ValueError, match="mismatched"):
+        module(visual, audio)
+
+
+def _build(**keys):
+    cfg = get_cfg()
+    add_avdet2_config(cfg)
+    for key, value in keys.items():
+        setattr(cfg.MODEL.LOCALIZER, key, value)
+    return build_objective(cfg.MODEL.LOCALIZER)
+
+
+def test_the_config_chooses():
+    nce = _build(GATHER=False, POOL="avg", RHO_INIT=0.2)
+    assert isinstance(nce, NCELoss) and not nce.gather and nce.pool == "avg"
+    assert nce.temperature.rho() == pytest.approx(0.2)
+    bce = _build(OBJECTIVE="bce", RHO_PARAM="linear", RHO_INIT=4.0)
+    assert {name for name, _ in bce.named_parameters()} == {"shift", "temperature.rho_scale"}
+    assert bce.logits(torch.tensor(8.0)).item() == 2.0
+    triplet = _build(OBJECTIVE="triplet", POOL="attention", MARGIN=0.5)
+    assert triplet.margin == 0.5 and not list(triplet.parameters())
+    assert [x.name for x in (nce, bce, triplet)] == ["nce", "bce", "triplet"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"OBJECTIVE": "mse"}, "OBJECTIVE must be nce, bce or triplet, not 'mse'"),
+        ({"OBJECTIVE": "triplet"}, "POOL attention, not 'max'"),
+        ({"OBJECTIVE": "triplet", "POOL": "attention", "MARGIN": -1.0}, "MARGIN"),
+        ({"OBJECTIVE": "bce", "POOL": "mean"}, "POOL must be one of max, avg, attention"),
+        ({"OBJECTIVE": "bce", "RHO_INIT": 0.0}, "RHO_INIT"),
+    ],
+)
+def test_what_cannot_be_is_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        _build(**keys)

@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Writes a dictionary of objects (DSOL): K-means of what a localizer hears in the training clips.
+
+    python tools/build_object_dictionary.py --config-file output/localizer_pretrain/config.yaml \\
+        --output objects.pth MODEL.WEIGHTS output/localizer_pretrain/model_final.pth
+    python tools/train_net.py --config-file output/localizer_pretrain/config.yaml --eval-only \\
+        MODEL.WEIGHTS output/localizer_pretrain/model_final.pth OUTPUT_DIR output/dsol \\
+        MODEL.LOCALIZER.OBJECT_DICTIONARY objects.pth
+
+The clips are DATASETS.TRAIN's, or those of DATASETS.VIDEOS (a folder or a clip list).
+"""
+
+import argparse
+import os
+
+import torch
+from tqdm import tqdm
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
+
+from avdet2.config_file import load_cfg
+from avdet2.data import AVMapper
+from avdet2.data.clips import training_clips
+from avdet2.engine.defaults import use_own_videos
+from avdet2.evaluation.inference import predict_clips
+from avdet2.modeling.frozen import check_hand_over
+from avdet2.modeling.object_dictionary import ObjectVectors, cluster_objects, save_dictionary
+
+BATCH_SIZE = 64
+
+
+def main(args: argparse.Namespace) -> None:
+    """
+    Build the localizer, run it over the clips, write the dictionary.
+    """
+    setup_logger(name="avdet2", abbrev_name="av")
+    cfg = load_cfg(args.config_file, args.opts)
+    # One that the config names may be the file that is about to be written.
+    cfg.MODEL.LOCALIZER.OBJECT_DICTIONARY = ""
+    use_own_videos(cfg, os.path.dirname(args.config_file))
+    if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer" or not cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            f"{args.config_file} must be the config of an AVLocalizer, with MODEL.WEIGHTS"
+        )
+    model = build_model(cfg)
+    check_hand_over(model, cfg.MODEL.WEIGHTS)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    clips, _ = training_clips(cfg.DATASETS.TRAIN)
+    batches = predict_clips(
+        ObjectVectors(model), clips, AVMapper(cfg, "center"), BATCH_SIZE, cfg.DATALOADER.NUM_WORKERS
+    )
+    vectors = []
+    with tqdm(total=len(clips), unit="clip") as progress:
+        for inputs, outputs in batches:
+            vectors += outputs
+            progress.update(len(inputs))
+    if not vectors:
+        raise ValueError("no training clip could be read")
+    count = args.num_objects or cfg.MODEL.LOCALIZER.NUM_CLUSTERS
+    objects = cluster_objects(torch.stack(vectors), count, max(cfg.SEED, 0))
+    save_dictionary(objects, args.output)
+    print(f"{count} objects of {len(vectors)} clips: {args.output}")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """
+    The parser of the command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="of the localizer")
+    parser.add_argument("--output", required=True, metavar="FILE", help="file to write (.pth)")
+    parser.add_argument(
+        "--num-objects",
+        type=int,
+        metavar="K",
+        help="entries of the dictionary (default: MODEL.LOCALIZER.NUM_CLUSTERS)",
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as in training")
+    return parser
+
+
+if __name__ == "__main__":
+    main(argument_parser().parse_args())

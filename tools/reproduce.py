@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Prints a table of the paper with our measurements beside it, row for row.
+
+    python tools/reproduce.py --table 1                          from what has run
+    python tools/reproduce.py --table 1 --run                    runs what is missing first
+    python tools/reproduce.py --table all --dataset vggsound --runs output/seed1 --runs output/seed2
+    python tools/reproduce.py --table 4 --run DATASETS.PREPARED datasets/synthetic_av/prepared
+
+A number of ours is printed only if it was measured; the paper's are marked as the paper's. Tables share their
+runs, and an interrupted run goes on where it stopped. With several folders, which are runs with the seeds 1,
+2, ..., a cell is their mean and standard deviation. Each table is also written, as Markdown and json.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+
+from detectron2.utils.logger import setup_logger
+
+from avdet2.reproduce import PAPER_TABLES, SUITES, Runs, SuiteTable, report_json, report_markdown
+
+logger = logging.getLogger("avdet2.reproduce")
+TOOLS = os.path.dirname(os.path.abspath(__file__))
+CONFIGS = os.path.join(os.path.dirname(TOOLS), "configs")
+
+
+def parse_args() -> argparse.Namespace:
+    """
+    The command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    numbers = [str(number) for number in PAPER_TABLES]
+    parser.add_argument("--table", required=True, choices=[*numbers, "all"])
+    parser.add_argument("--dataset", default="synthetic", choices=list(SUITES))
+    parser.add_argument(
+        "--runs", action="append", help="folder of the runs (default: output/reproduce/DATASET)"
+    )
+    parser.add_argument("--run", action="store_true", help="run what is missing")
+    parser.add_argument("--output", help="folder of the tables (default: the first of --runs)")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="or STAGE:KEY VALUE")
+    return parser.parse_args()
+
+
+def usable(table: SuiteTable) -> SuiteTable:
+    """
+    The table without the rows that need what is not installed here.
+    """
+    sources = {}
+    for name, source in table.sources.items():
+        if source.needs and not _is_installed(source.needs):
+            logger.warning(f"row {name!r} is left out: it needs {source.needs}")
+        else:
+            sources[name] = source
+    return SuiteTable(table.columns, sources)
+
+
+def _is_installed(name: str) -> bool:
+    module, _, part = name.partition(".")
+    if importlib.util.find_spec(module) is None:
+        return False
+    return not part or hasattr(importlib.import_module(module), part)
+
+
+def run_missing(runs: Runs, tables: list[SuiteTable]) -> None:
+    """
+    Train the stages that the tables need, then evaluate them; stop at the first failure.
+    """
+    evaluations = {e.folder: e for table in tables for e in runs.evaluations(table)}.values()
+    names = list(dict.fromkeys(evaluation.stage.name for evaluation in evaluations))
+    if not all(runs.stages[name].is_done() for name in names):
+        pipeline = os.path.join(TOOLS, "run_pipeline.py")
+        words = [sys.executable, pipeline, "--config-file", runs.config]
+        _call([*words, *runs.opts, "PIPELINE.ONLY", str(tuple(names))])
+    for evaluation in evaluations:
+        if not evaluation.is_done():
+            logger.info(f"evaluating {evaluation.stage.name} ({' '.join(evaluation.opts)})")
+            for command in evaluation.commands(TOOLS):
+                _call(command)
+
+
+def _call(command: list[str]) -> None:
+    code = subprocess.call(command)
+    if code:
+        logger.error(f"failed: {' '.join(command)}")
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def tell_missing(runs: Runs, tables: list[SuiteTable]) -> None:
+    """
+    Name the stages and evaluations without which cells are empty.
+    """
+    missing = [e for table in tables for e in runs.evaluations(table) if not e.is_done()]
+    if missing:
+        stages = dict.fromkeys(e.stage.name for e in missing if not e.stage.is_done())
+        logger.warning(
+            f"{runs.folder}: {len(missing)} evaluations are missing"
+            + (f", and the stages {', '.join(stages)}" if stages else "")
+            + "; --run makes them"
+        )
+
+
+def main() -> None:
+    """
+    Run, print and write the tables that were asked for.
+    """
+    args = parse_args()
+    setup_logger(name="avdet2", abbrev_name="av")
+    suite = SUITES[args.dataset]
+    folders = args.runs or [os.path.join("output", "reproduce", args.dataset)]
+    seeds = [["SEED", str(i)] if len(folders) > 1 else [] for i in range(1, len(folders) + 1)]
+    runs = [Runs(suite, CONFIGS, f, args.opts + seed) for f, seed in zip(folders, seeds)]
+    numbers = list(PAPER_TABLES) if args.table == "all" else [int(args.table)]
+    tables = {number: usable(suite.tables[number]) for number in numbers}
+    for run in runs:
+        if args.run:
+            run_missing(run, list(tables.values()))
+        tell_missing(run, list(tables.values()))
+    output = args.output or folders[0]
+    os.makedirs(output, exist_ok=True)
+    for number, table in tables.items():
+        report = report_json(PAPER_TABLES[number], table, runs)
+        text = report_markdown(number, report, args.dataset)
+        with open(os.path.join(output, f"table_{number}.json"), "w") as f:
+            json.dump({"table": number, "dataset": args.dataset, **report}, f, indent=1)
+        with open(os.path.join(output, f"table_{number}.md"), "w") as f:
+            f.write(text)
+        print(f"\n{text}")
+    print(f"written to {output}/table_*.md and .json")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
