@@ -64,6 +64,9 @@ setup(
     python_requires=">=3.10,<3.13",
     install_requires=INSTALL_REQUIRES,
     extras_require={
+        # MODEL.META_ARCHITECTURE SelectiveSearch. Uninstall the other packages of OpenCV first: all
+        # of them are one Python package, cv2.
+        "selective-search": ["opencv-contrib-python-headless>=4.6"],
         "test": TEST,
         "dev": [*TEST, *DEV],
     },

@@ -99,7 +99,8 @@ def _add_localizer(cfg: CN) -> None:
 
     # Eq. 4: LAMBDA * L_NC + (1 - LAMBDA) * L_clust. At 1 the clustering heads are not built.
     node.LAMBDA = 0.5
-    # Score of a pair from its heatmap: "max" (the paper's S), "avg" in pre-training (App. B).
+    # Score of a pair from its heatmap: "max" (the paper's S), "avg" in pre-training (App. B), or
+    # "attention" (Senocak et al.: the sound attends to the map).
     node.POOL = "max"
     # Temperature rho: "log" learns log(1 / rho), "linear" learns 1 / rho itself.
     node.RHO_PARAM = "log"
@@ -109,18 +110,19 @@ def _add_localizer(cfg: CN) -> None:
     # Negatives from all processes, with gradients.
     node.GATHER = True
     # The localisation objective: "nce" (eq. 1), or, for the comparisons of Table 2, "bce" (Objects
-    # that Sound: a scaled and shifted score, matching pairs against others) or "triplet" (with
-    # MARGIN; Senocak et al.). POOL may also be "attention" (Senocak et al.: the sound attends to
-    # the map). NORMALIZE False leaves the embeddings as they are, as Objects that Sound does.
+    # that Sound: matching pairs against others; rho is then the inverse of a learned scale, beside
+    # a learned shift) or "triplet" (Senocak et al.; POOL must be "attention").
     node.OBJECTIVE = "nce"
+    # False leaves the embeddings as they are, as Objects that Sound does.
     node.NORMALIZE = True
+    # Of the triplet loss; 0 is Senocak et al.'s own, which has no margin.
     node.MARGIN = 1.0
     # Weights (.pth, .pkl) that the visual encoder starts from: SimCLR's, another localizer's, or
     # what tools/convert_simclr_to_d2.py wrote. MODEL.WEIGHTS is for the whole localizer; these are
     # then not used.
     node.BACKBONE_WEIGHTS = ""
     # A dictionary of objects (DSOL) that tools/build_object_dictionary.py wrote. With it inference
-    # has a box for every object in it that is seen, instead of one for what is heard.
+    # has a box for every kind of object in it that is heard, and these are the clusters.
     node.OBJECT_DICTIONARY = ""
 
     # SimCLR: the backbone's feature that is pooled, the projection head (v1: 2 layers, v2: 3), the

@@ -179,7 +179,8 @@ def save_curves(path: str | Path, runs: dict[str, list[dict]]) -> None:
     panels = {
         "losses": lambda key: "loss" in key,
         "accuracy and agreement (0..1)": lambda key: key
-        in ("nce/accuracy", "fast_rcnn/cls_accuracy")
+        == "fast_rcnn/cls_accuracy"
+        or key.endswith("/accuracy")
         or key.startswith(("self_label/nmi", "self_label/assess_")),
     }
     figure, axes = plt.subplots(

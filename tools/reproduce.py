@@ -8,9 +8,10 @@ Prints a table of the paper with our measurements beside it, row for row.
     python tools/reproduce.py --table all --dataset vggsound --runs output/seed1 --runs output/seed2
     python tools/reproduce.py --table 4 --run DATASETS.PREPARED datasets/synthetic_av/prepared
 
-A number of ours is printed only if it was measured; the paper's are marked as the paper's. Tables share their
-runs, and an interrupted run goes on where it stopped. With several folders, which are runs with the seeds 1,
-2, ..., a cell is their mean and standard deviation. Each table is also written, as Markdown and json.
+A number of ours is printed only if it was measured; the paper's are marked as the paper's. Tables
+share their runs, and an interrupted run goes on where it stopped. With several folders, which are
+runs with the seeds 1, 2, ..., a cell is their mean and standard deviation. Each table is also
+written, as Markdown and json.
 """
 
 import argparse

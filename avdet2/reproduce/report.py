@@ -56,7 +56,7 @@ def report_markdown(number: int, report: dict[str, Any], suite: str) -> str:
     rows = report["rows"]
     quoted = list(rows[0]["paper"])
     ours = list(dict.fromkeys(column for row in rows for column in row["ours"]))
-    heads = [""] + [f"{column} (paper)" for column in quoted] + [f"{column} (ours)" for column in ours]
+    heads = ["", *(f"{c} (paper)" for c in quoted), *(f"{c} (ours)" for c in ours)]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     for row in rows:
         cells = ["-" if row["paper"][c] is None else f"{row['paper'][c]:.1f}" for c in quoted]
