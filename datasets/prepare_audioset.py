@@ -28,7 +28,7 @@ from avdet2.data.datasets.audioset import (
     read_audioset_csv,
 )
 from avdet2.data.datasets.label_maps import audioset_instruments
-from avdet2.data.datasets.prepare import summary
+from avdet2.data.datasets.prepare import default_root, summary
 from avdet2.data.datasets.segments import manifest_lines, prepare_segments
 
 
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "audioset")
+    default = default_root("audioset")
     parser.add_argument("--segments", required=True, nargs="+", help="AudioSet's segment csv files")
     parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
     parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")

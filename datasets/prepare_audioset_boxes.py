@@ -24,6 +24,7 @@ from avdet2.data.datasets.audioset_boxes import (
 )
 from avdet2.data.datasets.frames import clip_files, extract_frames
 from avdet2.data.datasets.ground_truth import write_ground_truths
+from avdet2.data.datasets.prepare import default_root
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "audioset_boxes")
+    default = default_root("audioset_boxes")
     parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
     parser.add_argument("--boxes", help="file of boxes (default: audioset_box.json in --output)")
     parser.add_argument("--segments", required=True, help="AudioSet's balanced_train_segments.csv")

@@ -17,6 +17,7 @@ import sys
 from avdet2.data.datasets.flickr import read_flickr, read_ids
 from avdet2.data.datasets.frames import clip_files, extract_frames, sound_files
 from avdet2.data.datasets.ground_truth import write_ground_truth
+from avdet2.data.datasets.prepare import default_root
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "flickr_soundnet")
+    default = default_root("flickr_soundnet")
     parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
     parser.add_argument("--ids", help="csv of ids (default: flickr_test.csv in --output)")
     parser.add_argument("--boxes", help="folder of XML files (default: Annotations in --output)")
@@ -51,7 +52,6 @@ def prepare(args: argparse.Namespace) -> None:
         args.output, "flickr_soundnet_test", truth, [ids], no_frame | missing, sounds
     )
     print(*lines, sep="\n")
-
 
 
 def main() -> None:

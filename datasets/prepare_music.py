@@ -16,8 +16,9 @@ import os
 import sys
 
 from avdet2.data.datasets.frames import clip_files, extract_frames
-from avdet2.data.datasets.ground_truth import write_ground_truth
+from avdet2.data.datasets.ground_truth import write_ground_truths
 from avdet2.data.datasets.music import PARTS, read_music
+from avdet2.data.datasets.prepare import default_root
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "music")
+    default = default_root("music")
     parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
     parser.add_argument("--solo", help="solotest.json, or gzipped; without it, it is left out")
     parser.add_argument("--duet", help="duettest.json, or gzipped; without it, it is left out")
@@ -43,13 +44,12 @@ def prepare(args: argparse.Namespace) -> None:
     files = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
     if not files:
         raise ValueError("give --solo, --duet or both")
+    sets = {f"music_{part}_test": read_music(path) for part, path in files.items()}
     media = clip_files(args.videos or os.path.join(args.output, "videos"))
-    for part, path in files.items():
-        truth = read_music(path)
-        sounds, missing = extract_frames(truth.pictures, args.output, media, args.workers)
-        name = f"music_{part}_test"
-        print(*write_ground_truth(args.output, name, truth, [path], missing, sounds), sep="\n")
-
+    pictures = [picture for truth in sets.values() for picture in truth.pictures]
+    sounds, missing = extract_frames(pictures, args.output, media, args.workers)
+    lines = write_ground_truths(args.output, sets, files.values(), missing, sounds)
+    print(*lines, sep="\n")
 
 
 def main() -> None:

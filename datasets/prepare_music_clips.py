@@ -20,7 +20,7 @@ from avdet2.data.datasets.music_clips import (
     prepare_music_clips,
     read_music_videos,
 )
-from avdet2.data.datasets.prepare import summary
+from avdet2.data.datasets.prepare import default_root, summary
 from avdet2.data.datasets.segments import manifest_lines
 
 
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "music")
+    default = default_root("music")
     parser.add_argument("--solo", help="MUSIC_solo_videos.json; without it, it is left out")
     parser.add_argument("--duet", help="MUSIC_duet_videos.json; without it, it is left out")
     parser.add_argument("--videos", help="folder of the videos (default: videos in --output)")

@@ -27,6 +27,7 @@ from avdet2.data.datasets.openimages import (
     read_boxes,
     set_name,
 )
+from avdet2.data.datasets.prepare import default_root
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "openimages")
+    default = default_root("openimages")
     parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
     parser.add_argument("--boxes", required=True, help="csv of the split's boxes")

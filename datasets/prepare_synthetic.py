@@ -14,11 +14,11 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Tuple
 
 import cv2
 from tqdm import tqdm
 
+from avdet2.data.datasets.prepare import default_root
 from avdet2.data.synthetic.generator import Settings
 from avdet2.data.synthetic.objects import CLASS_NAMES
 from avdet2.data.synthetic.scenes import DIFFICULTIES
@@ -32,8 +32,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default_root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "synthetic_av"
-    parser.add_argument("--output", type=Path, default=default_root, help="folder to write")
+    default = Path(default_root("synthetic_av"))
+    parser.add_argument(
+        "--output", type=Path, default=default, help="folder to write (default: %(default)s)"
+    )
     parser.add_argument("--classes", type=int, default=6, help=f"2 to {len(CLASS_NAMES)}")
     parser.add_argument("--clips", type=int, default=1600, help="training clips")
     parser.add_argument("--val", type=int, default=300, help="validation images")
@@ -46,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _make(job: Tuple[str, int], root: Path, settings: Settings) -> bool:
+def _make(job: tuple[str, int], root: Path, settings: Settings) -> bool:
     return write_item(root, settings, *job)
 
 

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 
-from avdet2.data.datasets.prepare import summary
+from avdet2.data.datasets.prepare import default_root, summary
 from avdet2.data.datasets.segments import manifest_lines, prepare_segments
 from avdet2.data.datasets.vggsound import (
     read_vggsound_classes,
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "vggsound")
+    default = default_root("vggsound")
     parser.add_argument("--csv", required=True, help="vggsound.csv, or test.csv")
     parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
     parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")

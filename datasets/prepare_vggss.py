@@ -18,7 +18,7 @@ import sys
 
 from avdet2.data.datasets.frames import clip_files, extract_frames, sound_files
 from avdet2.data.datasets.ground_truth import write_ground_truths
-from avdet2.data.datasets.prepare import parse_clip_name
+from avdet2.data.datasets.prepare import default_root, parse_clip_name
 from avdet2.data.datasets.vggss import read_vggss, vggsound_boxes
 
 
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "vggss")
+    default = default_root("vggss")
     parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
     parser.add_argument("--boxes", help="vggss.json (default: the one in --output)")
     parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
@@ -53,7 +53,6 @@ def prepare(args: argparse.Namespace) -> None:
         "vggsound_test_boxes_representative": vggsound_boxes(truth, representative=True),
     }
     print(*write_ground_truths(args.output, sets, [boxes], missing, sounds), sep="\n")
-
 
 
 def main() -> None:

@@ -10,12 +10,13 @@ Convert a published SimCLR (or other) ResNet to a file that Detectron2 loads as 
 
 INPUT may be SimCLR's own TensorFlow checkpoint (v1, or v2 with sk0; a folder, a zip, or an .npz
 that tools/dump_tf_checkpoint.py wrote where TensorFlow is); a PyTorch file of tonylins, lightly-ai,
-Separius, VISSL, Lightning Bolts, lightly, sthalles, MoCo and its descendants, or torchvision; or
-the checkpoint of one's own training by avdet2. ResNet-50 of normal width, and where the source has
-them ResNet-18, 34, 101 and 152. Nothing in INPUT is executed.
+Separius, VISSL, Lightning Bolts, lightly, sthalles, MoCo and its descendants, or torchvision; the
+checkpoint of one's own training by avdet2; or a .pkl of arrays in Detectron2's names. ResNet-50 of
+normal width, and where the source has them ResNet-18, 34, 101 and 152. Nothing in INPUT is
+executed.
 
 OUTPUT.yaml holds INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and MODEL.RESNETS.STRIDE_IN_1X1
-as the weights need them: other values load without any message and cost accuracy. A config takes
+as the weights need them: other values load all the same and cost accuracy. A config takes
 them with `_BASE_: ["base.yaml", "OUTPUT.yaml"]`. The configs in Unsupervised-Detection have those
 of SimCLR's own weights; for its very pooling, MODEL.BACKBONE.NAME is
 build_tf_stem_resnet_fpn_backbone (see avdet2/modeling/tf_stem.py).
@@ -26,8 +27,14 @@ import logging
 import shlex
 import sys
 
-from avdet2.checkpoint import SOURCES, ResNetWeights, read_resnet, rescale, save_resnet
-from avdet2.checkpoint.convert import describe
+from avdet2.checkpoint import (
+    SOURCES,
+    ResNetWeights,
+    describe,
+    read_resnet,
+    rescale,
+    save_resnet,
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -64,6 +71,8 @@ def report(weights: ResNetWeights, output: str, settings_file: str) -> None:
     print(f"Written to {output}, its settings to {settings_file}. They are")
     for key, value in weights.settings.items():
         print(f"  {key} {shlex.quote(str(value))}")
+    if weights.is_guess:
+        print("The source is guessed from the names of the tensors.")
     print("If it is from somebody else, whose pixels differ, name the source by --source.")
 
 

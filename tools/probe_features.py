@@ -19,6 +19,7 @@ exp(cosine / 0.07).
 
 import argparse
 import json
+import logging
 import os
 
 import numpy as np
@@ -30,6 +31,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.utils.logger import setup_logger
 
+from avdet2.checkpoint import pixel_messages
 from avdet2.data import FrameMapper, register_av_clips
 from avdet2.data.clips import training_clips
 from avdet2.engine import load_cfg, use_own_videos
@@ -37,6 +39,8 @@ from avdet2.evaluation.inference import ReadableLoader
 from avdet2.evaluation.probes import pooled_features, probe_features, probe_table, split_by_hash
 from avdet2.evaluation.votes import frozen_votes
 from avdet2.modeling.frozen import init_backbone
+
+logger = logging.getLogger("avdet2.probe_features")
 
 
 def load_run(args: argparse.Namespace) -> CfgNode:
@@ -85,9 +89,24 @@ def labelled_clips(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[dict], 
             f"no clip of {names} has a label: give a clip list with labels (DATASETS.VIDEOS), or "
             "--labels self and MODEL.SELF_BOX.LOCALIZER_CONFIG and LOCALIZER_WEIGHTS"
         )
+    is_test = np.array([clip["sample_id"] >= first_test for clip in clips])
+    drawn = draw(np.flatnonzero(~is_test), args.max_clips)
+    kept = np.concatenate([drawn, np.flatnonzero(is_test)])
+    clips, is_test = [clips[i] for i in kept], is_test[kept]
     if args.test_clips:
-        return clips, np.array([clip["sample_id"] >= first_test for clip in clips])
+        return clips, is_test
     return clips, split_by_hash([x["file_name"] for x in clips], [x["label"] for x in clips])
+
+
+def draw(places: np.ndarray, count: int | None) -> np.ndarray:
+    """
+    So many of the places at most, always the same ones, in order.
+    """
+    if count is None or len(places) <= count:
+        return places
+    if count < 1:
+        raise ValueError(f"--max-clips must be at least 1, not {count}")
+    return np.sort(np.random.default_rng(0).choice(places, count, replace=False))
 
 
 def trunk(cfg: CfgNode, weights: str) -> Backbone:
@@ -143,6 +162,8 @@ def main(args: argparse.Namespace) -> dict:
     """
     setup_logger(name="avdet2", abbrev_name="av")
     cfg = load_run(args)
+    for level, text in pixel_messages(cfg, eval_only=True, any_backbone=True):
+        logger.log(level, text)
     weights = cfg.MODEL.WEIGHTS
     backbones = {weights: trunk(cfg, weights)} if weights else {}
     if args.against_random or not weights:
@@ -179,6 +200,13 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--test-clips", metavar="PATH", help="clip list or folder to test on (default: held out)"
+    )
+    parser.add_argument(
+        "--max-clips",
+        type=int,
+        metavar="N",
+        help="probe so many clips only, drawn always alike (default: all; --test-clips are all "
+        "used): with very many, the linear classifier takes hours",
     )
     parser.add_argument("--feature", help="map that is pooled (default: the backbone's last)")
     parser.add_argument("--size", type=int, help="side of the frames (default: as in training)")

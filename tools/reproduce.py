@@ -52,12 +52,12 @@ def parse_args() -> argparse.Namespace:
 
 def usable(table: SuiteTable) -> SuiteTable:
     """
-    The table without the rows that need what is not installed here.
+    The table without the rows that cannot be run here, as they need what is not installed.
     """
     sources = {}
     for name, source in table.sources.items():
         if source.needs and not _is_installed(source.needs):
-            logger.warning(f"row {name!r} is left out: it needs {source.needs}")
+            logger.warning(f"row {name!r} cannot be run here: it needs {source.needs}")
         else:
             sources[name] = source
     return SuiteTable(table.columns, sources)
@@ -116,14 +116,19 @@ def main() -> None:
     setup_logger(name="avdet2", abbrev_name="av")
     suite = SUITES[args.dataset]
     folders = args.runs or [os.path.join("output", "reproduce", args.dataset)]
+    if len(set(map(os.path.realpath, folders))) < len(folders):
+        raise ValueError(f"--runs names a folder twice: {', '.join(folders)}")
     seeds = [["SEED", str(i)] if len(folders) > 1 else [] for i in range(1, len(folders) + 1)]
     runs = [Runs(suite, CONFIGS, f, args.opts + seed) for f, seed in zip(folders, seeds)]
     numbers = list(PAPER_TABLES) if args.table == "all" else [int(args.table)]
-    tables = {number: usable(suite.tables[number]) for number in numbers}
+    tables = {number: suite.tables[number] for number in numbers}
+    to_run = [usable(table) for table in tables.values()]
     for run in runs:
+        for table in tables.values():
+            run.check_unchanged(table)
         if args.run:
-            run_missing(run, list(tables.values()))
-        tell_missing(run, list(tables.values()))
+            run_missing(run, to_run)
+        tell_missing(run, to_run)
     output = args.output or folders[0]
     os.makedirs(output, exist_ok=True)
     for number, table in tables.items():

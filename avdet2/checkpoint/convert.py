@@ -3,23 +3,25 @@
 A published ResNet in Detectron2's form, with the settings that go with its weights.
 """
 
-import os
-import pickle
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
-from avdet2.checkpoint.pixel_settings import METADATA, read_settings
+from avdet2.checkpoint.pixel_settings import read_settings
 from avdet2.checkpoint.reading import read_checkpoint
 from avdet2.checkpoint.resnet_names import LAYOUTS, STAGE_BLOCKS, Layout, depth_of, resnet_shapes
-from avdet2.checkpoint.sources import PIXEL_KEYS, SOURCES, STRIDE_IN_1X1, recognise
+from avdet2.checkpoint.sources import (
+    PIXEL_KEYS,
+    SETTING_KEYS,
+    SOURCES,
+    STRIDE_IN_1X1,
+    recognise,
+)
 
 # TensorFlow 2 appends this to the names of values.
 TF2_VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
@@ -34,6 +36,7 @@ class ResNetWeights:
         tensors: float32 arrays by Detectron2's names, such as "res2.0.conv1.weight".
         depth: 18, 34, 50, 101 or 152.
         source: a key of SOURCES.
+        is_guess: the source is a guess from the names of the tensors.
         settings: values by config key, which a model with these weights needs.
         dropped: number of tensors that were left out, by the beginning of their names.
     """
@@ -41,6 +44,7 @@ class ResNetWeights:
     tensors: dict[str, np.ndarray]
     depth: int
     source: str
+    is_guess: bool
     settings: dict[str, Any]
     dropped: dict[str, int]
 
@@ -86,12 +90,14 @@ def read_resnet(path: str, source: str = "") -> ResNetWeights:
         raise ValueError(f"{path} has two tensors for one place in a ResNet")
     tensors = {new: _to_numpy(found.state[old], found.layout) for old, new in used.items()}
     depth = _check(tensors, {new: old for old, new in used.items()}, path)
+    is_guess = False
     if not source:
-        source = _recognise(found, content, path)
+        source, is_guess = _recognise(found, content, path)
     return ResNetWeights(
         tensors={name: np.ascontiguousarray(tensors[name]) for name in resnet_shapes(depth)},
         depth=depth,
         source=source,
+        is_guess=is_guess,
         settings=_settings(path, source, depth),
         dropped=_count_dropped(content, found, used),
     )
@@ -168,7 +174,7 @@ def _check(tensors: dict[str, np.ndarray], originals: dict[str, str], path: str)
         if name in tensors and tensors[name].shape != shape
     ]
     problems = (("missing", missing), ("left over", left_over), ("of another shape", wrong))
-    told = [f"{_list(names)} {what}" for what, names in problems if names]
+    told = [f"{_some_of(names)} {what}" for what, names in problems if names]
     if tensors.get("stem.conv1.weight", np.empty((1, 1, 7, 7))).shape[2:] != (7, 7):
         told.append("its first convolution is not 7x7, as in ResNet-D or in networks for CIFAR")
     if told:
@@ -178,18 +184,18 @@ def _check(tensors: dict[str, np.ndarray], originals: dict[str, str], path: str)
         )
     infinite = [originals[name] for name in shapes if not np.isfinite(tensors[name]).all()]
     if infinite:
-        raise ValueError(f"{path} has values that are not finite in {_list(infinite)}")
+        raise ValueError(f"{path} has values that are not finite in {_some_of(infinite)}")
     return depth
 
 
-def _list(names: list[str]) -> str:
+def _some_of(names: list[str]) -> str:
     rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{', '.join(names[:4])}{rest}"
 
 
-def _recognise(found: _Found, content: Mapping[str, Any], path: str) -> str:
+def _recognise(found: _Found, content: Mapping[str, Any], path: str) -> tuple[str, bool]:
     top = [str(name) for name in content]
-    source = recognise(found.layout.name, found.prefix, found.path, found.state, top)
+    source, is_guess = recognise(found.layout.name, found.prefix, found.path, found.state, top)
     if source is None:
         known = "; ".join(f"{name}: {each.description}" for name, each in SOURCES.items())
         raise ValueError(
@@ -197,19 +203,19 @@ def _recognise(found: _Found, content: Mapping[str, Any], path: str) -> str:
             "and their pixels differ: name the one that it is from by --source, or one with the "
             f"same pixels (tonylins: RGB in 0..1; torchvision: ImageNet's mean and std). {known}"
         )
-    return source
+    return source, is_guess
 
 
 def _settings(path: str, source: str, depth: int) -> dict[str, Any]:
     pixels = SOURCES[source].pixels
     if pixels is None:
         known = read_settings(path)
-        if known is None or any(key not in known.values for key in PIXEL_KEYS[:3]):
+        if known is None or any(key not in known.values for key in PIXEL_KEYS):
             raise ValueError(
                 f"nothing tells the pixel settings of {path}: put the config.yaml of its run "
                 "beside it, or name a source with the same settings by --source"
             )
-        pixels = {key: known.values[key] for key in PIXEL_KEYS if key in known.values}
+        pixels = {key: known.values[key] for key in SETTING_KEYS if key in known.values}
     settings = {**pixels, "MODEL.RESNETS.DEPTH": depth}
     if depth < 50:
         settings.pop(STRIDE_IN_1X1, None)
@@ -224,8 +230,8 @@ def _count_dropped(
     content: Mapping[str, Any], found: _Found, used: Mapping[str, str]
 ) -> dict[str, int]:
     """
-    Numbers of tensors that are not used, by what their names begin with, or by the name of their
-    dict where it is not that of the ResNet; counters of batches are one group.
+    Numbers of tensors that are not used, by what their names begin with, or by the name of the
+    outermost dict in which the ResNet is not; counters of batches are one group.
     """
     groups = Counter()
     for path, name in _tensor_names(content, ()):
@@ -234,7 +240,8 @@ def _count_dropped(
         if name.endswith("num_batches_tracked"):
             group = "num_batches_tracked"
         elif path != found.path:
-            group = path[-1] if path else name
+            outside = [key for i, key in enumerate(path) if path[: i + 1] != found.path[: i + 1]]
+            group = outside[0] if outside else name
         else:
             inside = found.prefix if name.startswith(found.prefix) else ""
             group = inside + re.split(r"[./]", name.removeprefix(inside))[0]
@@ -250,55 +257,3 @@ def _tensor_names(
             yield from _tensor_names(value, (*path, str(name)))
         elif isinstance(value, torch.Tensor | np.ndarray):
             yield path, str(name)
-
-
-def save_resnet(weights: ResNetWeights, output: str) -> str:
-    """
-    Write a file that Detectron2's checkpointer loads into any model with such a ResNet, and the
-    settings beside it, as ``OUTPUT.yaml``.
-
-    A .pth also holds source and settings, and is loaded without executing anything in it.
-
-    Args:
-        weights: of :func:`read_resnet`.
-        output: path that ends in .pth, or in .pkl for the form of Detectron2's model zoo.
-
-    Returns:
-        str: path of the settings.
-    """
-    if not output.endswith((".pth", ".pkl")):
-        raise ValueError(f"{output}: Detectron2 loads .pth and .pkl, so OUTPUT must end in one")
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    form = {"__author__": f"avdet2 ({weights.source})", "matching_heuristics": True}
-    # Whoever stops it leaves no half file of that name.
-    part = f"{output}.part"
-    if output.endswith(".pth"):
-        model = {name: torch.from_numpy(value) for name, value in weights.tensors.items()}
-        metadata = {"source": weights.source, "settings": weights.settings}
-        torch.save({"model": model, **form, METADATA: metadata}, part)
-    else:
-        with open(part, "wb") as f:
-            pickle.dump({"model": weights.tensors, **form}, f)
-    os.replace(part, output)
-    with open(f"{output}.yaml", "w", encoding="utf-8") as f:
-        f.write(f"# What goes with {os.path.basename(output)}: {describe(weights)}.\n")
-        f.write(yaml.safe_dump(_nested(weights.settings), default_flow_style=None))
-    return f"{output}.yaml"
-
-
-def describe(weights: ResNetWeights) -> str:
-    """
-    What the weights are, in a few words.
-    """
-    return f"ResNet-{weights.depth}, {SOURCES[weights.source].description}"
-
-
-def _nested(settings: dict[str, Any]) -> dict[str, Any]:
-    root: dict[str, Any] = {}
-    for key, value in settings.items():
-        *nodes, last = key.split(".")
-        node = root
-        for name in nodes:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return root

@@ -5,28 +5,33 @@ Whether a config gives weights the pixels, and the ResNet the strides, that they
 Names and shapes fit in any case, so nothing else tells that they do not.
 """
 
+import logging
 import os
 import pickle
 import shlex
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import yaml
 
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
 
-from avdet2.checkpoint.sources import PIXEL_KEYS, STRIDE_IN_1X1
+from avdet2.checkpoint.reading import load_file
+from avdet2.checkpoint.sources import SETTING_KEYS, STRIDE_IN_1X1
 from avdet2.config_file import flat_items
-from avdet2.evaluation.baselines import BoxRule
 
 # The entry of a converted .pth file that holds its source and settings.
 METADATA = "avdet2"
 BACKBONE_NAME = "MODEL.BACKBONE.NAME"
 DEPTH = "MODEL.RESNETS.DEPTH"
+# What a localizer calls its backbone, and what others call theirs.
+BACKBONES = ("visual_encoder.", "backbone.")
+UNKNOWN = (
+    "nothing beside or in the file tells the pixels that its weights were trained with, so "
+    "INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are not checked"
+)
 
 
 class WeightSettings(NamedTuple):
@@ -69,15 +74,14 @@ def read_settings(weights: str) -> WeightSettings | None:
     return WeightSettings(values, list(state)) if BACKBONE_NAME in values else None
 
 
-def _index(path: str) -> dict[str, Any]:
+def _index(path: str) -> Mapping[str, Any]:
     # Tensors of a zip file are mapped, not read. Older files, and pickles, are left alone.
     if not zipfile.is_zipfile(path):
         return {}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError):
+        return load_file(path)
+    except (pickle.UnpicklingError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -89,55 +93,65 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return dict(flat_items(loaded)) if isinstance(loaded, dict) else {}
 
 
-def pixel_warnings(cfg: CfgNode, eval_only: bool = False) -> list[str]:
+def pixel_messages(
+    cfg: CfgNode, eval_only: bool = False, any_backbone: bool = False
+) -> list[tuple[int, str]]:
     """
-    One message for each file of weights that was trained with other settings than ``cfg`` has, with
-    the keys to change.
-
-    Weights of which nothing is known, or that are another network's, give none.
+    What to say of the weights that a run starts from: a warning for each file that was trained with
+    other settings than ``cfg`` has, with the keys to change, and an information for each of which
+    nothing is known. Weights that are another network's give none.
 
     Args:
         cfg: of the run that starts.
         eval_only: the model has MODEL.WEIGHTS only.
+        any_backbone: of MODEL.WEIGHTS the backbone of any model is taken, not only one of the same
+            names.
+
+    Returns:
+        list: of levels of :mod:`logging`, and texts.
     """
-    meta_arch = cfg.MODEL.META_ARCHITECTURE
-    if meta_arch in META_ARCH_REGISTRY:
-        model = META_ARCH_REGISTRY.get(meta_arch)
-        if isinstance(model, type) and issubclass(model, BoxRule):
-            return []
     messages = []
-    for key, weights, prefixes in _starts(cfg, eval_only):
+    for key, weights, prefixes in _starts(cfg, eval_only, any_backbone):
         settings = read_settings(weights)
-        if settings is None or not _is_same_network(cfg, settings, prefixes):
+        if settings is None:
+            messages.append((logging.INFO, f"{key} {weights}: {UNKNOWN}"))
+            continue
+        if not _is_same_network(cfg, settings, prefixes):
             continue
         wrong = _differences(cfg, settings.values)
         if wrong:
-            change = " ".join(f"{k} {shlex.quote(str(v))}" for k, (v, _) in wrong.items())
-            here = ", ".join(f"{k} {value}" for k, (_, value) in wrong.items())
-            messages.append(
-                f"{key} {weights} was trained with other settings, and is worth less with these "
-                f"({here}): add {change}"
-            )
+            messages.append((logging.WARNING, _warning(key, weights, wrong)))
         # MODEL.WEIGHTS have the last word.
         if key == "MODEL.WEIGHTS":
             break
     return messages
 
 
-def _starts(cfg: CfgNode, eval_only: bool) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def _warning(key: str, weights: str, wrong: dict[str, tuple[Any, Any]]) -> str:
+    change = " ".join(f"{k} {shlex.quote(str(v))}" for k, (v, _) in wrong.items())
+    here = ", ".join(f"{k} {value}" for k, (_, value) in wrong.items())
+    return (
+        f"{key} {weights} was trained with other settings, and is worth less with these ({here}): "
+        f"add {change}"
+    )
+
+
+def _starts(
+    cfg: CfgNode, eval_only: bool, any_backbone: bool
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """
     Keys whose weights the model starts from, with the paths, and what the names of a run's tensors
     that are used begin with.
     """
     model, is_localizer = cfg.MODEL, cfg.MODEL.META_ARCHITECTURE == "AVLocalizer"
-    own = "visual_encoder." if is_localizer else "backbone."
+    own = ("visual_encoder.",) if is_localizer else ("backbone.",)
     if model.WEIGHTS:
-        yield "MODEL.WEIGHTS", model.WEIGHTS, (own,)
+        yield "MODEL.WEIGHTS", model.WEIGHTS, BACKBONES if any_backbone else own
     if eval_only:
         return
     if is_localizer and model.LOCALIZER.BACKBONE_WEIGHTS:
         weights = model.LOCALIZER.BACKBONE_WEIGHTS
-        yield "MODEL.LOCALIZER.BACKBONE_WEIGHTS", weights, ("visual_encoder.", "backbone.")
+        yield "MODEL.LOCALIZER.BACKBONE_WEIGHTS", weights, BACKBONES
     if not is_localizer and model.SELF_BOX.INIT_BACKBONE:
         weights = model.SELF_BOX.LOCALIZER_WEIGHTS
         yield "MODEL.SELF_BOX.LOCALIZER_WEIGHTS", weights, ("visual_encoder.",)
@@ -168,7 +182,7 @@ def _differences(cfg: CfgNode, values: dict[str, Any]) -> dict[str, tuple[Any, A
     )
     return {
         key: (values[key], present[key])
-        for key in PIXEL_KEYS
+        for key in SETTING_KEYS
         if key in values
         and (key != STRIDE_IN_1X1 or is_bottleneck)
         and not _is_equal(values[key], present[key])

@@ -1,23 +1,40 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Checkpoints from elsewhere, of which nothing is executed.
+Checkpoints, of which nothing is executed.
 """
 
 import logging
+import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from detectron2.utils.file_io import PathManager
 
 logger = logging.getLogger(__name__)
 
 # An optimizer's variables in TensorFlow.
 SLOTS = ("/Momentum", "/Adam", "/Adam_1", "/LARSOptimizer")
+# What a pickle of arrays names, in numpy before 2.0.
+ARRAY_TYPES = (
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+)
+CONVERT = (
+    "tools/convert_simclr_to_d2.py brings a ResNet of another code, or of a model of another "
+    "structure, into a form that any model loads"
+)
 
 
 class _LeftOut:
@@ -37,8 +54,9 @@ def read_checkpoint(path: str) -> Mapping[str, Any]:
     The content of a checkpoint.
 
     Args:
-        path: of a PyTorch file; of an .npz that tools/dump_tf_checkpoint.py wrote; or of a
-            TensorFlow checkpoint: its folder, a zip of it, or its prefix (model.ckpt-225206).
+        path: of a PyTorch file, or a .pkl of arrays (see :func:`load_file`); of an .npz that
+            tools/dump_tf_checkpoint.py wrote; or of a TensorFlow checkpoint: its folder, a zip of
+            it, or its prefix (model.ckpt-225206).
 
     Returns:
         Mapping: as PyTorch's file has it, or arrays by variable name.
@@ -141,26 +159,17 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: str) -> Mapping[str, Any]:
+    left_out = _unknown_types(path)
     try:
-        with torch.serialization.safe_globals([(_LeftOut, name) for name in _unknown_types(path)]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        # Not mapped: whoever writes to the file later would change the tensors.
+        return load_file(path, left_out, mapped=False)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no PyTorch checkpoint, or holds objects that only its own code can make "
-            f"({_first_line(error)}). They are not executed here, as a file from elsewhere could "
-            "do anything. If you trust its author, write its tensors to a new file, best on a "
-            "machine without anything of value: content = torch.load(INPUT, map_location='cpu', "
-            "weights_only=False); torch.save({'state_dict': content['state_dict']}, OUTPUT)"
+            f"{_refusal(path, error, left_out)}. If you trust its author, write its tensors to a "
+            "new file, best on a machine without anything of value: content = torch.load(INPUT, "
+            "map_location='cpu', weights_only=False); torch.save({'state_dict': "
+            "content['state_dict']}, OUTPUT)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
-        size = Path(path).stat().st_size
-        raise ValueError(
-            f"{path} ({size} bytes) is no checkpoint, or is damaged or not complete: "
-            f"{_first_line(error)}"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    return content
 
 
 def _unknown_types(path: str) -> list[str]:
@@ -177,9 +186,117 @@ def _unknown_types(path: str) -> list[str]:
     return found
 
 
-def _first_line(error: Exception) -> str:
-    # PyTorch's message goes on with advice for programmers.
-    text = str(error)
-    if "Unsupported global" in text:
-        text = text[text.index("Unsupported global") :]
-    return text.strip().partition("\n")[0].partition(" was not an allowed")[0]
+def _refusal(path: str, error: Exception, left_out: Sequence[str] = ()) -> str:
+    reason = _reason(error)
+    if _LeftOut.__name__ in reason:
+        reason = f"dicts or lists of a type of their own, among {', '.join(left_out)}"
+    return (
+        f"{path} is no PyTorch checkpoint or pickle of arrays, or holds objects that only its own "
+        f"code can make{f' ({reason})' if reason else ''}. They are not executed here, as a file "
+        "from elsewhere could do anything"
+    )
+
+
+def _reason(error: Exception) -> str:
+    # PyTorch's message is wrapped in advice, also to execute what is in the file.
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    text = text.partition("\n")[0].partition(" was not an allowed")[0]
+    return "" if text.startswith("Weights only load failed") else text
+
+
+def load_file(path: str, left_out: Sequence[str] = (), mapped: bool = True) -> Mapping[str, Any]:
+    """
+    The content of a PyTorch file, or of a pickle of arrays (.pkl) as in Detectron2's model zoo.
+
+    Args:
+        path: of the file, or an address that Detectron2 knows.
+        left_out: names of types in a PyTorch file whose objects are replaced by placeholders.
+        mapped: map the tensors of a PyTorch file: who only looks at shapes reads none of them.
+
+    Raises:
+        pickle.UnpicklingError: it holds objects of other types, or is no such file.
+        ValueError: there is no file, it is damaged or not complete, or holds no dict.
+    """
+    path = PathManager.get_local_path(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is not a file")
+    # Files of old versions of PyTorch are no zip files, and cannot be mapped.
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        if path.endswith(".pkl") and not is_zip:
+            with open(path, "rb") as f:
+                content = _ArrayUnpickler(f, encoding="latin1").load()
+        else:
+            with torch.serialization.safe_globals([(_LeftOut, name) for name in left_out]):
+                content = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=mapped and is_zip
+                )
+    except pickle.UnpicklingError:
+        raise
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} ({os.path.getsize(path)} bytes) is no checkpoint, or is damaged or not "
+            f"complete: {_reason(error)}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """
+    Reads arrays and basic types, and refuses everything else.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.replace("numpy._core", "numpy.core"), name) not in ARRAY_TYPES:
+            raise pickle.UnpicklingError(
+                f"the file holds {module}.{name}, which is no array and is not executed"
+            )
+        return super().find_class(module, name)
+
+
+class Weights(NamedTuple):
+    """
+    The model's part of a checkpoint.
+
+    Attributes:
+        state: tensors by name.
+        matches_ends: Detectron2's checkpointer looks for a model's names that end in these;
+            otherwise for the same names.
+        is_caffe2: the names are those of Caffe2, which the checkpointer translates.
+    """
+
+    state: dict[str, torch.Tensor]
+    matches_ends: bool
+    is_caffe2: bool
+
+
+def load_weights(weights: str) -> Weights:
+    """
+    The model's part of a checkpoint of Detectron2, loaded without executing anything in the file.
+
+    Args:
+        weights: path of a .pth file, whose tensors are mapped, or of a .pkl file of arrays.
+
+    Raises:
+        ValueError: it cannot be loaded, or is somebody else's checkpoint.
+    """
+    try:
+        content = load_file(weights)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{_refusal(weights, error)}. {CONVERT}") from error
+    state, is_pickle = content.get("model", content), weights.endswith(".pkl")
+    if is_pickle and isinstance(state, Mapping):
+        arrays = {k: v for k, v in state.items() if isinstance(v, np.ndarray)}
+        state = {k: torch.from_numpy(v) for k, v in arrays.items() if v.dtype.kind in "fiu"}
+    others = ["'model'"]
+    if isinstance(state, Mapping):
+        others = [repr(k) for k, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(
+            f"{weights} is no checkpoint of Detectron2: {', '.join(others[:5])} "
+            f"{'is' if len(others) == 1 else 'are'} no tensor. {CONVERT}"
+        )
+    is_caffe2 = is_pickle and not {"model", "__author__"} <= content.keys()
+    return Weights(dict(state), bool(content.get("matching_heuristics")), is_caffe2)

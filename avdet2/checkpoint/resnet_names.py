@@ -124,7 +124,9 @@ def from_detectron2(name: str) -> str | None:
     """
     The name itself; None for the classifier and counters.
     """
-    return None if name.startswith("linear.") or name.endswith("num_batches_tracked") else name
+    # "stem.fc." is what Detectron2's and MoCo's converters make of the classifier.
+    is_left_out = name.startswith(("linear.", "stem.fc."))
+    return None if is_left_out or name.endswith("num_batches_tracked") else name
 
 
 def from_tf2(name: str) -> str | None:

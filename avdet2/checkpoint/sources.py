@@ -10,8 +10,9 @@ FORMAT = "INPUT.FORMAT"
 PIXEL_MEAN = "MODEL.PIXEL_MEAN"
 PIXEL_STD = "MODEL.PIXEL_STD"
 STRIDE_IN_1X1 = "MODEL.RESNETS.STRIDE_IN_1X1"
+PIXEL_KEYS = (FORMAT, PIXEL_MEAN, PIXEL_STD)
 # What weights want to be as it was in their own training.
-PIXEL_KEYS = (FORMAT, PIXEL_MEAN, PIXEL_STD, STRIDE_IN_1X1)
+SETTING_KEYS = (*PIXEL_KEYS, STRIDE_IN_1X1)
 
 # RGB in [0, 1], as SimCLR's own code and what was converted from it.
 UNIT_RANGE = {FORMAT: "RGB", PIXEL_MEAN: [0.0, 0.0, 0.0], PIXEL_STD: [255.0, 255.0, 255.0]}
@@ -51,7 +52,7 @@ SOURCES = {
 
 def recognise(
     layout: str, prefix: str, path: tuple[str, ...], names: Iterable[str], top: Iterable[str]
-) -> str | None:
+) -> tuple[str | None, bool]:
     """
     The source of a checkpoint, as far as its structure tells.
 
@@ -63,27 +64,28 @@ def recognise(
         top: the outermost keys of the file.
 
     Returns:
-        str: a key of SOURCES, or None where several are possible.
+        tuple: a key of SOURCES, or None where several are possible; and whether it is a guess, as
+        others could write such a file, too.
     """
     fixed = {"tf1": "simclr", "tf2": "simclr", "sequential": "lightly"}
-    if layout in fixed or layout != "torchvision":
-        return fixed.get(layout, layout)
+    if layout != "torchvision":
+        return fixed.get(layout, layout), layout == "sequential"
     names, top = set(names), set(top)
     groups = {name.partition(".")[0] for name in names}
     is_lightning = "pytorch-lightning_version" in top
     if "_feature_blocks." in prefix:
-        return "vissl"
+        return "vissl", False
     if "encoder_q." in prefix or "base_encoder." in prefix:
-        return "moco"
+        return "moco", False
     if prefix == "encoder." and (is_lightning or "projection" in groups):
-        return "pl_bolts"
+        return "pl_bolts", False
     if prefix == "backbone." and "backbone.fc.2.weight" in names:
-        return "sthalles"
+        return "sthalles", False
     if prefix == "backbone." and (is_lightning or groups & {"projection_head", "projection_mlp"}):
-        return "lightly"
+        return "lightly", False
     if prefix == "" and path == ("state_dict",) and top == {"state_dict"}:
-        return "tonylins"
-    # A plain state dict, or the checkpoint of PyTorch's ImageNet example.
-    if (prefix == "" and not path) or (prefix == "module." and "arch" in top):
-        return "torchvision"
-    return None
+        return "tonylins", True
+    if prefix == "" and not path:
+        return "torchvision", True
+    # The checkpoint of PyTorch's ImageNet example.
+    return ("torchvision" if prefix == "module." and "arch" in top else None), False

@@ -64,7 +64,9 @@ class FrameMapper:
     """
     Makes {"image", "sample_id"} of a clip, with "image2" where two frames are asked for.
 
-    Images stay uint8: views are made of them on the model's device.
+    Images stay uint8: views are made of them on the model's device. No sound is read; still,
+    videos without it do not come here from DATASETS.VIDEOS or a clip list, as the clip index, which
+    all stages share, asks for sound.
     """
 
     @configurable

@@ -17,7 +17,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from avdet2.checkpoint import pixel_warnings
+from avdet2.checkpoint import pixel_messages
 from avdet2.config_file import load_cfg
 from avdet2.data.clips import register_av_clips, training_clips
 
@@ -41,23 +41,23 @@ def setup(args: argparse.Namespace) -> CfgNode:
     _check(cfg, args.eval_only)
     cfg.freeze()
     # Before a config.yaml beside the weights is written anew.
-    warnings = _weights_warnings(cfg, args)
+    messages = _weights_messages(cfg, args)
     default_setup(cfg, args)
     # Detectron2 sets up its own logger and fvcore's only.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="avdet2", abbrev_name="av")
-    for message in warnings:
-        logger.warning(message)
+    for level, text in messages:
+        logger.log(level, text)
     return cfg
 
 
-def _weights_warnings(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
+def _weights_messages(cfg: CfgNode, args: argparse.Namespace) -> list[tuple[int, str]]:
     """
-    What to say, on the main process, of weights that were trained with other pixels.
+    What to say, on the main process, of the pixels that weights were trained with.
     """
     has_checkpoint = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if not comm.is_main_process() or (args.resume and has_checkpoint):
         return []
-    return pixel_warnings(cfg, args.eval_only)
+    return pixel_messages(cfg, args.eval_only)
 
 
 def _check(cfg: CfgNode, eval_only: bool) -> None:

@@ -325,11 +325,20 @@ def _comparable(cfg: CfgNode) -> dict[str, str]:
     root = os.path.dirname(os.path.abspath(cfg.OUTPUT_DIR))
     for key in (LOCALIZER_CONFIG, LOCALIZER_WEIGHTS, BACKBONE_WEIGHTS, WEIGHTS):
         path = os.path.abspath(values[key])
+        # Else the current folder.
+        if not values[key]:
+            continue
         # The same after the whole pipeline has been moved.
         if path.startswith(root + os.sep):
             values[key] = os.path.relpath(path, root)
         # Weights from elsewhere are read once, and may have been moved or deleted since.
-        elif key == WEIGHTS:
-            values[key] = ""
+        elif key in (WEIGHTS, BACKBONE_WEIGHTS):
+            values[key] = _file_name(path)
     # Lists and tuples are the same.
     return {k: json.dumps(value) for k, value in values.items() if not k.startswith(FREE)}
+
+
+def _file_name(path: str) -> str:
+    # Every run gives its weights the same name.
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.basename(folder), name) if name == FINAL else name

@@ -153,6 +153,7 @@ class AVTrainer(DefaultTrainer):
         if cfg.INPUT.MAPPER == "DatasetMapper":
             return build_detection_train_loader(cfg, mapper=mapper)
         clips, _ = training_clips(cfg.DATASETS.TRAIN)
+        _warn_of_copies(cfg, len(clips))
         return build_detection_train_loader(cfg, mapper=mapper, dataset=clips)
 
     @classmethod
@@ -192,10 +193,23 @@ class AVTrainer(DefaultTrainer):
         if comm.is_main_process() and cfg.DATASETS.TEST:
             path = results_file(cfg.OUTPUT_DIR)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "w") as f:
+            # Renamed when complete: a killed process leaves no half of it.
+            with open(path + ".part", "w") as f:
                 json.dump(results, f, indent=1)
+            os.replace(path + ".part", path)
             logger.info(f"results written to {path}")
         return results
+
+
+def _warn_of_copies(cfg: CfgNode, num_clips: int) -> None:
+    model, batch = cfg.MODEL.META_ARCHITECTURE, cfg.SOLVER.IMS_PER_BATCH
+    if model in ("AVLocalizer", "SimCLR") and num_clips < batch:
+        logger.warning(
+            f"there are {num_clips} training clips, but SOLVER.IMS_PER_BATCH is {batch}: every "
+            "batch has a clip more than once, and the objective pushes the copies apart, as they "
+            f"are negatives of each other. Set SOLVER.IMS_PER_BATCH to {num_clips} or less, or "
+            "give more (shorter) clips"
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -183,11 +183,11 @@ def _matching_of_labels(
     fine = ClusterMatching(
         np.where(labels < len(train_names), labels, -1),
         np.diag(sizes)[:, : len(train_names)],
-        "manual",
+        "labels",
         train_names,
         space.name,
     )
-    return ClusterMatching(mapping, counts, "manual", test_names, space.name, fine)
+    return ClusterMatching(mapping, counts, "labels", test_names, space.name, fine)
 
 
 def _saved_matching(path: str) -> ClusterMatching:

@@ -24,7 +24,7 @@ class ClusterMatching:
         mapping: K integers; entry k is the class of cluster k, -1 for none.
         counts: integers of shape (K, C), the votes that the mapping was made from: row k counts the
             labels of the clips of cluster k (for "mshot", of its m clips only).
-        method: one of :data:`METHODS`.
+        method: one of :data:`METHODS`, or "labels" where clusters are labels and none was matched.
         class_names: the C names, in the order of the columns of `counts`.
         space: which labels voted, e.g. "representative" (15), "mappable" (39) or "all".
         fine: where clusters were matched with labels that then became classes, that matching.

@@ -13,7 +13,7 @@ from numbers import Real
 import numpy as np
 from pycocotools.coco import COCO
 
-__all__ = ["Detections", "Truth", "check_results", "coco", "read_results", "select_images"]
+__all__ = ["Detections", "Truth", "coco", "read_results", "select_images"]
 
 
 @dataclass
@@ -139,11 +139,12 @@ def select_images(
     return coco(images, annotations, dataset["categories"]), selected
 
 
-def check_results(
+def read_results(
     coco_gt: COCO, results: list[dict], categories: Container[int] | None = None
-) -> None:
+) -> Detections:
     """
-    Refuse results of which COCOeval would make a wrong number, or an error without explanation.
+    COCO results as arrays, in their order. Those are refused of which COCOeval would make a wrong
+    number, or an error without explanation.
 
     Args:
         coco_gt: the ground truth.
@@ -153,15 +154,6 @@ def check_results(
     Raises:
         ValueError: an unknown image or class, a score or box that is not finite, a box that is not
             four numbers, or a negative width or height.
-    """
-    read_results(coco_gt, results, categories)
-
-
-def read_results(
-    coco_gt: COCO, results: list[dict], categories: Container[int] | None = None
-) -> Detections:
-    """
-    COCO results as arrays, in their order; arguments and errors are :func:`check_results`'s.
     """
     place = {image: i for i, image in enumerate(sorted(coco_gt.getImgIds()))}
     images = np.array([place.get(result["image_id"], -1) for result in results], dtype=np.int64)

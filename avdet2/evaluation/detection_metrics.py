@@ -2,6 +2,9 @@
 """
 Detection metrics on COCO ground truth and COCO results. All numbers are percentages, and NaN where
 the ground truth has nothing to count.
+
+The evaluator works on arrays (:func:`precision_metrics`, :func:`object_metrics`). The functions
+that take COCO objects define the same numbers, for results that are at hand.
 """
 
 import math
@@ -11,25 +14,15 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from avdet2.evaluation.box_matching import COCO_IOUS, evaluate_boxes
-from avdet2.evaluation.coco_boxes import (
-    Detections,
-    Truth,
-    check_results,
-    coco,
-    read_results,
-    select_images,
-)
+from avdet2.evaluation.coco_boxes import Detections, Truth, read_results
 
 __all__ = [
     "average_precisions",
-    "check_results",
-    "coco",
     "multi_object_rate",
     "object_metrics",
     "per_class",
     "percent",
     "precision_metrics",
-    "select_images",
     "silent_recall",
     "single_object_images",
 ]

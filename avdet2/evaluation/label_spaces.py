@@ -62,8 +62,8 @@ def label_space(
         name: "representative" (:func:`representatives` only), "mappable" (:func:`covered_labels`)
             or "all" training labels.
         groups: of :func:`read_groups`.
-        merge: whether a label that is covered by a test class stands for it ("manual"), or only a
-            representative does. A representative always does.
+        merge: whether a label that is covered by a test class stands for it ("manual", "mshot"), or
+            only a representative does. A representative always does.
 
     Raises:
         ValueError: an unknown name.

@@ -181,6 +181,10 @@ def class_rows(
     """
     One row for each class in the ground truth of each frame.
 
+    Args:
+        boxes: for each frame an array of shape (n, 4), in any unit.
+        classes: for each frame the classes of its boxes.
+
     Returns:
         frames and classes of the rows, of shape (R,), and R arrays with the boxes of each.
 

@@ -54,6 +54,13 @@ class LocalizationEvaluator(DatasetEvaluator):
     the union of its boxes, per class of the boxes of this class, from a confidence on; all
     confidences of a sweep are scored as well. The foreground of boxes are the cells they cover.
 
+    A protocol thresholds the map that the method itself defines, as DSOL's public code does, whose
+    own maps are sigmoids: cosines for eq. 1, probabilities for OBJECTIVE bce (Objects that Sound).
+    Probabilities are hardly ever below 1e-4 of their maximum, the threshold of multi_agnostic:
+    there the whole frame is foreground, and the score is that of the constant box "full", whatever
+    was learned. Under single, a map with little contrast comes near to it. Compare such a row with
+    this box.
+
     The task of the result is "localization". Keys are <protocol>_<metric>, percentages:
     "single_cIoU" (the mean), "single_IoU50", "single_AUC", "multi_cIoU30", "multi_NSA", and the
     same with "center_box_" in front for a box of 0.8 x 0.8 of the frame in the middle of each

@@ -13,7 +13,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from avdet2.evaluation.localization import Protocol, chunks, ciou, mean_of_frames
+from avdet2.evaluation.localization import Protocol, chunks, ciou, class_rows, mean_of_frames
 from avdet2.evaluation.localization_maps import (
     GRID,
     box_cells,
@@ -147,13 +147,7 @@ def rows_of(truth: GroundTruth, per_class: bool) -> Rows:
     """
     if not per_class:
         return Rows(np.arange(len(truth.cells)), None, truth.cells)
-    rows = [
-        (frame, label, truth.cells[frame][classes == label])
-        for frame, classes in enumerate(truth.classes)
-        for label in np.unique(classes)
-    ]
-    frames, classes, cells = zip(*rows)
-    return Rows(np.array(frames), np.array(classes), list(cells))
+    return Rows(*class_rows(truth.cells, truth.classes))
 
 
 class FrameScores(NamedTuple):

@@ -109,6 +109,7 @@ def frozen_votes(cfg: CfgNode, clips: list[dict]) -> ClusterVotes:
             "cluster_matching.json of an evaluation"
         )
     weights = PathManager.get_local_path(node.LOCALIZER_WEIGHTS)
+    _warn_if_older(cfg.MODEL.WEIGHTS, weights)
     # Names of data sets hold slashes where they stand for a user's videos.
     names = hashlib.sha256("\n".join(cfg.DATASETS.TRAIN).encode()).hexdigest()
     cache, key = f"{weights}.votes-{names[:16]}", _state_of(weights, clips)
@@ -124,6 +125,19 @@ def frozen_votes(cfg: CfgNode, clips: list[dict]) -> ClusterVotes:
     if comm.is_main_process():
         _save(votes, cache, key)
     return votes
+
+
+def _warn_if_older(detector: str, localizer: str) -> None:
+    """
+    Tell of a detector (or its warm-up) that was there before its localizer was.
+    """
+    # What training writes; others, such as a backbone's, may well be older.
+    is_trained = os.path.basename(detector).startswith("model_") and os.path.isfile(detector)
+    if is_trained and os.path.getmtime(detector) < os.path.getmtime(localizer):
+        logger.warning(
+            f"{detector} is older than {localizer}: if the localizer was trained again after the "
+            "detector, the clusters are not those that the detector learned; train it again, too"
+        )
 
 
 def _load(cache: str, key: str) -> ClusterVotes | None:
@@ -169,8 +183,8 @@ def voting_space(
     groups: dict[str, str] | None = None,
 ) -> LabelSpace:
     """
-    The space that TEST.MATCHING asks for. To merge labels needs more than representatives: the
-    mappable ones vote then.
+    The space that TEST.MATCHING asks for. METHOD manual merges labels, for which representatives
+    are not enough: the mappable ones vote then.
 
     Args:
         cfg: TEST.MATCHING is read.
@@ -197,7 +211,13 @@ def match_votes(
 
     The clips' labels vote that TEST.MATCHING.SPACE lets vote, each label of a clip once. In the
     spaces "mappable" and "all" clusters are matched with labels, and those keep a name whose label
-    represents a test class; for METHOD "manual", is covered by one.
+    represents a test class; for METHOD "manual" and "mshot", is covered by one.
+
+    "mshot" asks for the labels of K * m clips: the best ones of all clips, since which of them have
+    a label that votes is not known before. In the space "representative" a clip with another label
+    has no vote, and a cluster whose m clips all have such labels gets no name. That is the paper's
+    reading, whose appendix merges labels for "manual" only. In the other spaces the label is known,
+    with no one-to-one matching to win, and so stands for the class that covers it.
 
     Args:
         cfg: TEST.MATCHING is read.
@@ -205,6 +225,7 @@ def match_votes(
         clips: of :func:`avdet2.data.clips.training_clips`, some of them with "label" or "labels".
         train_names: what the labels of the clips are called.
         class_names: of the test set.
+        groups: see :func:`voting_space`.
 
     Returns:
         The matching; None, with a warning, where no clip has a label of the test classes.
@@ -218,12 +239,13 @@ def match_votes(
             f"TEST.MATCHING.METHOD must be one of {', '.join(METHODS)} or file, not "
             f"{node.METHOD!r}"
         )
-    space = voting_space(cfg, train_names, class_names, node.METHOD == "manual", groups)
+    merge = node.METHOD == "manual"
+    merge |= node.METHOD == "mshot" and node.SPACE != "representative"
+    space = voting_space(cfg, train_names, class_names, merge, groups)
     targets = [
         [int(label) for label in space.to_label[labels] if label >= 0]
         for labels in _labels_of(votes, clips)
     ]
-    voting = np.array([bool(labels) for labels in targets])
     if not any(space.to_class[label] >= 0 for labels in targets for label in labels):
         logger.warning(
             f"no training clip has a label of the test classes {list(class_names)}, but of "
@@ -232,12 +254,12 @@ def match_votes(
         return None
     is_fine = space.name != "representative"
     return match_clusters(
-        votes.clusters.numpy()[voting],
-        [labels for labels in targets if labels],
+        votes.clusters.numpy(),
+        targets,
         votes.logits_v.shape[1],
         len(space.labels),
         method=node.METHOD,
-        scores=votes.scores.numpy()[voting],
+        scores=votes.scores.numpy(),
         m=node.M,
         groups=space.to_class if is_fine else None,
         class_names=list(class_names),

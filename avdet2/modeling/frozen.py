@@ -4,33 +4,26 @@ What one model takes from another: the trained localizer as a frozen teacher, an
 """
 
 import logging
-import pickle
-import zipfile
-from collections.abc import Iterable
-from typing import Any
+import os
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
-import numpy as np
 import torch
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
+from avdet2.checkpoint.reading import CONVERT, load_weights
 from avdet2.config_file import load_cfg
 from avdet2.modeling.meta_arch import AVLocalizer
 
 logger = logging.getLogger(__name__)
 
-BOTTOM_UP = "backbone.bottom_up."
-# What a pickle of arrays names, in numpy before 2.0.
-ARRAY_TYPES = (
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("_codecs", "encode"),
-)
+_T = TypeVar("_T")
+
+# What stands before the names of a model's backbone, without an FPN.
+TRUNKS = ("visual_encoder.bottom_up.", "visual_encoder.", "backbone.bottom_up.", "backbone.")
 
 
 def load_localizer(
@@ -57,7 +50,7 @@ def load_localizer(
     if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer":
         raise ValueError(f"{config_file} is not the config of an AVLocalizer")
     model = build_model(cfg)
-    state = load_model_state(weights)
+    state = load_weights(weights).state
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -73,46 +66,12 @@ def _check_file(key: str, path: str) -> None:
         )
 
 
-def load_model_state(weights: str) -> dict[str, torch.Tensor]:
-    """
-    The model's part of a checkpoint, loaded without executing anything in the file.
-
-    The tensors of a .pth file are mapped: who only looks at their shapes reads none of them.
-
-    Args:
-        weights: path of a .pth file, or of a .pkl file of arrays, as Detectron2's model zoo has it.
-    """
-    path = PathManager.get_local_path(weights)
-    if path.endswith(".pkl"):
-        with open(path, "rb") as f:
-            content = _ArrayUnpickler(f, encoding="latin1").load()
-        arrays = content.get("model", content).items()
-        return {k: torch.from_numpy(v) for k, v in arrays if isinstance(v, np.ndarray)}
-    # Files of old versions of PyTorch are no zip files, and cannot be mapped.
-    mapped = zipfile.is_zipfile(path)
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    return checkpoint.get("model", checkpoint)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """
-    Reads arrays and basic types, and refuses everything else.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module.replace("numpy._core", "numpy.core"), name) not in ARRAY_TYPES:
-            raise pickle.UnpicklingError(
-                f"the file holds {module}.{name}, which is no array and is not executed"
-            )
-        return super().find_class(module, name)
-
-
 def holds_localizer(weights: str) -> bool:
     """
     Whether a checkpoint (.pth) is that of a whole AVLocalizer.
     """
     return weights.endswith(".pth") and any(
-        key.startswith("loc_v.") for key in load_model_state(weights)
+        key.startswith("loc_v.") for key in load_weights(weights).state
     )
 
 
@@ -122,31 +81,62 @@ def check_hand_over(model: torch.nn.Module, weights: str) -> None:
 
     Detectron2's checkpointer only warns of tensors that do not fit, and would leave, for example,
     another backbone at its random start. A localizer from a localizer must fit but for the
-    clustering heads, which may be new, or of another K. A detector from a detector, or from SimCLR,
-    must find its whole bottom-up backbone.
+    clustering heads, which may be new, or of another K. Every other start must have the whole
+    backbone (without its FPN) under names that the checkpointer finds.
 
     Args:
-        model: a localizer or a detector; others are not checked.
-        weights: path of a checkpoint of one of these models (.pth); others are not checked.
+        model: a localizer, a detector or SimCLR; one without a backbone is not checked.
+        weights: path of a .pth file, or of a local .pkl file in Detectron2's names; others are not
+            checked.
 
     Raises:
-        ValueError: a tensor is missing, left over (in a localizer) or of another shape.
+        ValueError: it is no checkpoint of Detectron2; or a tensor is missing, left over or of
+            another shape.
     """
-    if not weights.endswith(".pth"):
+    # An address of a .pkl is Detectron2's model zoo.
+    if not (weights.endswith(".pth") or (weights.endswith(".pkl") and os.path.isfile(weights))):
         return
-    found, wanted = _shapes(load_model_state(weights)), _shapes(model.state_dict())
-    if isinstance(model, AVLocalizer):
-        checked = {**wanted, **found} if any(key.startswith("loc_v.") for key in found) else {}
-    else:
-        has_trunk = any(key.startswith(BOTTOM_UP) for key in found)
-        checked = [key for key in wanted if has_trunk and key.startswith(BOTTOM_UP)]
-    wrong = sorted(key for key in checked if found.get(key) != wanted.get(key))
+    loaded = load_weights(weights)
+    found, wanted = _shapes(loaded.state), _shapes(model.state_dict())
+    own = _trunk_prefix(wanted)
+    if loaded.is_caffe2 or not own:
+        return
+    if isinstance(model, AVLocalizer) and any(key.startswith("loc_v.") for key in found):
+        _refuse(weights, [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)])
+        return
+    theirs = _trunk_prefix(found)
+    # A backbone's bare names are found behind any prefix where the file asks for it.
+    prefix = "" if loaded.matches_ends and not theirs else own
+    found, wanted = _part(found, prefix), _part(wanted, own)
+    if not found.keys() & wanted.keys():
+        raise ValueError(
+            f"MODEL.WEIGHTS {weights} have none of the backbone's {len(wanted)} tensors under its "
+            f"names ({own}*), but another network's. {_advice(model, theirs)}{CONVERT}"
+        )
+    _refuse(weights, [own + name for name in _misfits(found, wanted)])
+
+
+def _refuse(weights: str, wrong: list[str]) -> None:
     if wrong:
         raise ValueError(
-            f"MODEL.WEIGHTS {weights} are those of another network: {_list(wrong)}. Start from a "
+            f"MODEL.WEIGHTS {weights} are those of another network: {_listed(wrong)}. Start from a "
             "stage with the same backbone (and, for a localizer, the same audio encoder and "
             "MODEL.LOCALIZER sizes), or set MODEL.WEIGHTS ''"
         )
+
+
+def _advice(model: torch.nn.Module, prefix: str) -> str:
+    if isinstance(model, AVLocalizer):
+        return (
+            "MODEL.WEIGHTS are for a whole localizer; for its visual encoder alone set "
+            "MODEL.LOCALIZER.BACKBONE_WEIGHTS. "
+        )
+    if prefix.startswith("visual_encoder."):
+        return (
+            "They are a localizer's: for its visual encoder set MODEL.SELF_BOX.INIT_BACKBONE True "
+            "and MODEL.SELF_BOX.LOCALIZER_WEIGHTS. "
+        )
+    return ""
 
 
 def init_backbone(
@@ -174,25 +164,19 @@ def init_backbone(
             "wrote"
         )
     trunk = getattr(backbone, "bottom_up", backbone)
-    state = _trunk_of(load_model_state(weights))
+    state = load_weights(weights).state
+    state = _part(state, _trunk_prefix(state))
     found, wanted = _shapes(state), _shapes(trunk.state_dict())
     absent = [] if last_stages else _absent_stages(found, wanted)
     if absent:
         logger.warning(f"{weights} has no {', '.join(absent)}, which start at random")
         wanted = {k: v for k, v in wanted.items() if k.split(".")[0] not in absent}
-    # A network that stops earlier does not have the last stages at all, nor a classifier.
-    own = {name.split(".")[0] for name in wanted}
-    left_over = [
-        name
-        for name in found
-        if name not in wanted and name.split(".")[0] in own and ".fc." not in name
-    ]
-    wrong = [name for name in wanted if found.get(name) != wanted[name]] + left_over
+    wrong = _misfits(found, wanted)
     if wrong:
+        convert = "" if found.keys() & wanted.keys() else f". {CONVERT}"
         raise ValueError(
-            f"{key} {weights} holds another network than this config's backbone: "
-            f"{_list(sorted(wrong))}. Give both the same MODEL.BACKBONE.NAME, MODEL.RESNETS or "
-            "MODEL.AVOL"
+            f"{key} {weights} holds another network than this config's backbone: {_listed(wrong)}. "
+            f"Give both the same MODEL.BACKBONE.NAME, MODEL.RESNETS or MODEL.AVOL{convert}"
         )
     trunk.load_state_dict(state, strict=False)
     logger.info(f"the backbone starts from {weights} ({len(wanted)} tensors)")
@@ -208,12 +192,30 @@ def _absent_stages(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
     return stages[len(common) :] if common and common == stages[: len(common)] else []
 
 
-def _trunk_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    for prefix in ("visual_encoder.bottom_up.", "visual_encoder.", BOTTOM_UP, "backbone."):
-        part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if part:
-            return part
-    return state
+def _trunk_prefix(names: Iterable[str]) -> str:
+    """
+    What stands before the names of a backbone; nothing where there is only a backbone.
+    """
+    names = list(names)
+    return next((p for p in TRUNKS if any(name.startswith(p) for name in names)), "")
+
+
+def _part(state: Mapping[str, _T], prefix: str) -> dict[str, _T]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _misfits(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> list[str]:
+    """
+    Names of a backbone's tensors that are missing, of another shape, or left over.
+    """
+    # A network that stops earlier does not have the last stages at all, nor a classifier.
+    own = {name.split(".")[0] for name in wanted}
+    left_over = [
+        name
+        for name in found
+        if name not in wanted and name.split(".")[0] in own and ".fc." not in name
+    ]
+    return [name for name in wanted if found.get(name) != wanted[name]] + left_over
 
 
 def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
@@ -225,6 +227,6 @@ def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     }
 
 
-def _list(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     rest = ", ..." if len(names) > 3 else ""
-    return f"{len(names)} tensors do not fit, {', '.join(names[:3])}{rest}"
+    return f"{len(names)} tensors do not fit, {', '.join(sorted(names)[:3])}{rest}"

@@ -13,6 +13,8 @@ eq. 5's in place of a fixed threshold; cosines stand in place of scalar products
 stage, which trains on mixtures by the agreement of both modalities' kinds, is not there.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -103,6 +105,7 @@ def save_dictionary(objects: torch.Tensor, path: str) -> None:
     """
     Write a dictionary (O, D) for MODEL.LOCALIZER.OBJECT_DICTIONARY.
     """
+    PathManager.mkdirs(os.path.dirname(os.path.abspath(path)))
     with PathManager.open(path, "wb") as f:
         torch.save({"objects": objects}, f)
 

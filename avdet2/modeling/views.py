@@ -27,8 +27,9 @@ class RandomView(nn.Module):
 
     Every frame has its own numbers, but for the order of the colour jitter and the width of the
     blur, of which there is one in a batch, as in SimCLR's code. Contrast is torchvision's, about
-    the frame's mean gray (in SimCLR's code about the mean of each channel), and blur mirrors the
-    frame at its edges (there: zeros).
+    the frame's mean gray (in SimCLR's code about the mean of each channel), blur mirrors the frame
+    at its edges (there: zeros), and a crop that does not fit into the frame is drawn again up to
+    10 times (there: 100) before a central one is taken.
     """
 
     @configurable

@@ -38,10 +38,12 @@ def report_json(paper: PaperTable, ours: SuiteTable, runs: Sequence[Runs]) -> di
         for column in ours.columns if source else ():
             numbers = [run.number(ours, source, column) for run in runs]
             row["ours"][column.name] = [None if math.isnan(x) else x for x in numbers]
-            row["from"] += [run.evaluation(ours, source, column).folder for run in runs]
+            evaluations = [run.evaluation(ours, source, column) for run in runs]
+            row["from"] += [evaluation.folder for evaluation in evaluations if evaluation]
         row["from"] = list(dict.fromkeys(row["from"]))
         rows.append(row)
-    return {"title": paper.title, "note": paper.note, "rows": rows}
+    note = " ".join(note for note in (paper.note, ours.note) if note)
+    return {"title": paper.title, "note": note, "rows": rows}
 
 
 def report_markdown(number: int, report: dict[str, Any], suite: str) -> str:

@@ -12,13 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from avdet2.engine.pipeline import Stage, make_stages
+from avdet2.engine.pipeline import Stage, make_stages, needed
 from avdet2.evaluation.build import results_file
 from avdet2.reproduce.suites import Column, Source, Suite, SuiteTable
 
 __all__ = ["Evaluation", "Runs"]
 
 DICTIONARY = "object_dictionary.pth"
+
+
+# Begin the keys that an evaluation reads, and of those that change no number.
+READ = ("TEST.", "DATASETS.PREPARED", "DATALOADER.NUM_WORKERS", "MODEL.DEVICE")
+FREE = ("TEST.PLOTS", "DATASETS.PREPARED", "DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "OUTPUT_DIR")
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,23 @@ class Evaluation:
     @property
     def folder(self) -> str:
         """
-        Named by what is in it, so that tables share evaluations and never take an older one.
+        Named by what is in it, so that tables share evaluations and never take another one.
         """
         if self.is_of_stage:
             return self.stage.folder
-        key = json.dumps([self.test_sets, self.opts, self.dictionary])
+        pairs = [pair for pair in self._stage_opts() if not pair[0].startswith(FREE)]
+        key = json.dumps([self.test_sets, self.opts, self.dictionary, pairs])
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         root = os.path.dirname(self.stage.folder)
         return os.path.join(root, "evaluations", f"{self.stage.name}-{digest}")
+
+    def _stage_opts(self) -> list[tuple[str, str]]:
+        """
+        Those of the stage's KEY VALUE pairs that matter to an evaluation of what it trained.
+        """
+        pairs = list(zip(self.stage.opts[::2], self.stage.opts[1::2]))
+        # A stage that trains nothing is all evaluation.
+        return pairs if self.stage.eval_only else [p for p in pairs if p[0].startswith(READ)]
 
     def is_done(self) -> bool:
         """
@@ -81,20 +95,18 @@ class Evaluation:
         Args:
             tools: folder of train_net.py.
         """
-        config = ["--config-file", os.path.join(self.stage.folder, "config.yaml")]
-        if self.stage.eval_only:
-            config = ["--config-file", self.stage.config_file, *self.stage.opts]
-        weights = [] if self.stage.eval_only else ["MODEL.WEIGHTS", self.stage.weights]
-        opts = [*weights, "DATASETS.TEST", str(self.test_sets), *self.opts]
+        config, weights = os.path.join(self.stage.folder, "config.yaml"), self.stage.weights
+        opts = [] if self.stage.eval_only else ["MODEL.WEIGHTS", weights]
+        opts += [word for pair in self._stage_opts() for word in pair]
+        config = ["--config-file", self.stage.config_file if self.stage.eval_only else config]
         if self.dictionary:
-            path = os.path.join(self.stage.folder, DICTIONARY)
+            path = os.path.join(self.folder, DICTIONARY)
             build = os.path.join(tools, "build_object_dictionary.py")
-            yield [sys.executable, build, *config, "--output", path, *weights]
+            yield [sys.executable, build, *config, "--output", path, *opts]
             opts += ["MODEL.LOCALIZER.OBJECT_DICTIONARY", path]
-        words = [sys.executable, os.path.join(tools, "train_net.py"), *config]
-        if "--eval-only" not in words:
-            words[2:2] = ["--eval-only"]
-        yield [*words, *opts, "OUTPUT_DIR", self.folder]
+        opts += ["DATASETS.TEST", str(self.test_sets), *self.opts, "OUTPUT_DIR", self.folder]
+        train_net = os.path.join(tools, "train_net.py")
+        yield [sys.executable, train_net, "--eval-only", *config, *opts]
 
 
 class Runs:
@@ -120,15 +132,27 @@ class Runs:
     def stages(self) -> dict[str, Stage]:
         return {stage.name: stage for stage in make_stages(self.config, self.opts)}
 
-    def evaluation(self, table: SuiteTable, source: Source, column: Column) -> Evaluation:
+    def check_unchanged(self, table: SuiteTable) -> None:
         """
-        The evaluation that a cell's number is read from.
+        Raises:
+            ValueError: a stage that the table is read from has run with other options.
         """
+        names = [evaluation.stage.name for evaluation in self.evaluations(table)]
+        for stage in needed(list(self.stages.values()), names):
+            stage.check_unchanged()
+
+    def evaluation(self, table: SuiteTable, source: Source, column: Column) -> Evaluation | None:
+        """
+        The evaluation that a cell's number is read from; None where there can be none.
+        """
+        if source.needs_sound and column.is_silent:
+            return None
         prefix = column.trained_on if source.is_trained else ""
         test_sets = [
             other.test_set
             for other in table.columns
-            if not source.is_trained or other.trained_on == column.trained_on
+            if not (source.is_trained and other.trained_on != column.trained_on)
+            and not (source.needs_sound and other.is_silent)
         ]
         return Evaluation(
             self.stages[prefix + source.stage],
@@ -146,13 +170,14 @@ class Runs:
             for source in table.sources.values()
             for column in table.columns
         ]
-        return list({evaluation.folder: evaluation for evaluation in found}.values())
+        return list({evaluation.folder: evaluation for evaluation in found if evaluation}.values())
 
     def number(self, table: SuiteTable, source: Source, column: Column) -> float:
         """
         A cell's number, NaN where it was not measured.
         """
-        results = self.evaluation(table, source, column).results().get(column.test_set, {})
+        evaluation = self.evaluation(table, source, column)
+        results = evaluation.results().get(column.test_set, {}) if evaluation else {}
         task, metric = column.task, column.metric
         if source.agnostic:
             task = "bbox_agnostic" if task == "bbox" else task

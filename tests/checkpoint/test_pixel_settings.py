@@ -13,7 +13,7 @@ import torch
 
 from detectron2.engine import default_argument_parser
 
-from avdet2.checkpoint import pixel_warnings, read_resnet, save_resnet
+from avdet2.checkpoint import pixel_messages, read_resnet, save_resnet
 from avdet2.engine import load_cfg, setup
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -44,7 +44,13 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 def _warnings(config, *opts, **kwargs):
-    return pixel_warnings(load_cfg(config, list(opts)), **kwargs)
+    found = pixel_messages(load_cfg(config, list(opts)), **kwargs)
+    return [text for level, text in found if level == logging.WARNING]
+
+
+def _unknown(config, *opts, **kwargs):
+    found = pixel_messages(load_cfg(config, list(opts)), **kwargs)
+    return [text for level, text in found if level == logging.INFO]
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pkl"])
@@ -75,13 +81,18 @@ def test_a_pkl_without_its_settings_and_files_of_others_are_not_known(files, tmp
         copy.write_bytes(Path(files[name]).read_bytes())
         known = name.endswith(".pth")
         assert bool(_warnings(DETECTOR, "MODEL.WEIGHTS", str(copy))) == known
+        assert bool(_unknown(DETECTOR, "MODEL.WEIGHTS", str(copy))) != known
     torch.save(
         {"model": {"backbone.bottom_up.stem.conv1.weight": torch.ones(1)}}, tmp_path / "a.pth"
     )
     (tmp_path / "b.pth").write_bytes(b"PK no file")
-    for weights in ("a.pth", "b.pth", "c.pth"):
-        assert _warnings(DETECTOR, "MODEL.WEIGHTS", str(tmp_path / weights)) == []
-    assert _warnings(DETECTOR, "MODEL.WEIGHTS", "detectron2://ImageNetPretrained/R-50.pkl") == []
+    places = [str(tmp_path / name) for name in ("a.pth", "b.pth", "c.pth")]
+    for weights in (*places, "detectron2://ImageNetPretrained/R-50.pkl"):
+        assert _warnings(DETECTOR, "MODEL.WEIGHTS", weights) == []
+        # Nobody must think that they were compared.
+        (message,) = _unknown(DETECTOR, "MODEL.WEIGHTS", weights)
+        assert message.startswith(f"MODEL.WEIGHTS {weights}: nothing") and "PIXEL_STD" in message
+    assert _unknown(DETECTOR) == _unknown(DETECTOR, "MODEL.WEIGHTS", files["simclr.pkl"]) == []
 
 
 def test_a_localizer_s_backbone(files):
@@ -127,9 +138,10 @@ def test_checkpoints_of_own_runs(tmp_path):
     backbone = ("MODEL.LOCALIZER.BACKBONE_WEIGHTS", detector)
     assert len(_warnings(R18, *backbone)) == 1
     assert _warnings(AVOL, *backbone) == []
-    # A center box has no weights at all.
-    center = ("MODEL.META_ARCHITECTURE", "CenterBox", "MODEL.WEIGHTS", detector)
-    assert _warnings(DETECTOR, *center) == []
+    # Whoever takes the backbone of any model is told of any model's.
+    assert len(_warnings(DETECTOR, "MODEL.WEIGHTS", localizer, any_backbone=True)) == 1
+    assert _warnings(R18, "MODEL.WEIGHTS", detector) == []
+    assert len(_warnings(R18, "MODEL.WEIGHTS", detector, any_backbone=True)) == 1
     # A detector's RPN, as a baseline, has its backbone.
     rpn = ("MODEL.META_ARCHITECTURE", "ClassAgnosticRPN", "MODEL.WEIGHTS", detector)
     assert len(_warnings(DETECTOR, *rpn)) == 1

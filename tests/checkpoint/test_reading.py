@@ -8,6 +8,7 @@ import pickle
 import sys
 import types
 import zipfile
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,26 @@ def test_objects_of_a_trainer_are_left_out(state, tmp_path):
     assert read_resnet(path, "torchvision").depth == 50
 
 
+class Settings(dict):
+    """
+    As Lightning writes what a model was made with.
+    """
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("value", [Settings(gpus=8), defaultdict(list, a=[1])])
+def test_the_reason_of_a_refusal_is_told(value, old, state, tmp_path):
+    path = tmp_path / "light.ckpt"
+    content = {"state_dict": state, "hyper_parameters": value}
+    torch.save(content, path, _use_new_zipfile_serialization=not old)
+    with pytest.raises(ValueError, match="light.ckpt .*not executed") as error:
+        read_resnet(str(path), "torchvision")
+    reason = str(error.value).partition("can make")[2].partition(". They")[0]
+    assert type(value).__name__ in reason
+    # PyTorch's advice to execute what is in the file is not passed on.
+    assert "Re-running" not in str(error.value) and "PyTorch 2.6" not in str(error.value)
+
+
 @pytest.mark.parametrize("function", [os.mkdir, os.system, eval, exec])
 def test_nothing_is_executed(function, state, tmp_path):
     marker = tmp_path / "executed"
@@ -137,11 +158,13 @@ def test_nothing_is_executed(function, state, tmp_path):
     except ValueError as error:
         assert "not executed" in str(error)
     assert not marker.exists()
-    # The same in a pickle that is no file of PyTorch.
-    with open(path, "wb") as f:
-        pickle.dump({"model": Bomb(function, command)}, f, protocol=2)
-    with pytest.raises(ValueError, match="no PyTorch checkpoint"):
-        read_resnet(path)
+    # The same in a pickle that is no file of PyTorch, and in one of Detectron2's.
+    for name in ("checkpoint.pth", "checkpoint.pkl"):
+        path = str(tmp_path / name)
+        with open(path, "wb") as f:
+            pickle.dump({"model": Bomb(function, command)}, f, protocol=2)
+        with pytest.raises(ValueError, match=f"{name} is no PyTorch checkpoint"):
+            read_resnet(path)
     assert not marker.exists()
     np.savez(tmp_path / "bomb.npz", np.array([Bomb(function, command)], dtype=object))
     with pytest.raises(ValueError, match="plain arrays"):
@@ -249,6 +272,53 @@ def test_without_tensorflow_there_is_a_tool_for_it(monkeypatch, tmp_path):
     for path in (tmp_path, tmp_path / "r50.zip"):
         with pytest.raises(ValueError, match="dump_tf_checkpoint.py"):
             read_resnet(str(path))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_own_pkl_and_those_of_others(protocol, state, tmp_path):
+    output = str(tmp_path / "own.pkl")
+    save_resnet(read_resnet(_save(tmp_path, state)), output)
+    found = read_resnet(output)
+    assert (found.source, len(found.tensors)) == ("detectron2", 265)
+    # The settings are those of the .yaml beside it.
+    assert found.settings["MODEL.PIXEL_MEAN"][0] == 123.675
+    # As MoCo's own converter writes it, with the classifier and without settings.
+    with open(output, "rb") as f:
+        model = OrderedDict(pickle.load(f)["model"])
+    model["stem.fc.0.weight"] = np.ones((3, 3), np.float32)
+    moco = tmp_path / "moco.pkl"
+    content = {"model": model, "__author__": "MOCO", "matching_heuristics": True}
+    moco.write_bytes(pickle.dumps(content, protocol=protocol))
+    with pytest.raises(ValueError, match="nothing tells the pixel settings.*--source"):
+        read_resnet(str(moco))
+    found = read_resnet(str(moco), "moco")
+    assert found.dropped == {"stem": 1} and found.settings["MODEL.PIXEL_STD"][0] == 58.395
+
+
+def test_what_is_left_out_is_named_by_its_outermost_dict(state, tmp_path):
+    optimizer = {"state": {i: {"momentum_buffer": torch.zeros(2)} for i in range(160)}}
+    content = {"state_dict": state, "optimizer": optimizer, "ema": {"state": torch.zeros(1)}}
+    dropped = read_resnet(_save(tmp_path, content), "torchvision").dropped
+    assert dropped == {"num_batches_tracked": 53, "fc": 2, "optimizer": 160, "ema": 1}
+    # Within the dicts that lead to the ResNet, the one in which it is not.
+    content = {"base_model": {"trunk": state, "heads": {"0": {"weight": torch.zeros(1)}}}}
+    dropped = read_resnet(_save(tmp_path, content), "torchvision").dropped
+    assert dropped["heads"] == 1
+
+
+def test_a_guessed_source_is_told_from_one_that_is_known(state, tmp_path):
+    for content, source, is_guess in (
+        (state, "torchvision", True),
+        ({"state_dict": state}, "tonylins", True),
+        (
+            {"arch": "resnet50", "state_dict": {f"module.{k}": v for k, v in state.items()}},
+            "torchvision",
+            False,
+        ),
+    ):
+        found = read_resnet(_save(tmp_path, content))
+        assert (found.source, found.is_guess) == (source, is_guess)
+    assert not read_resnet(_save(tmp_path, state), "torchvision").is_guess
 
 
 def test_detectron2_loads_two_endings_only(state, tmp_path):

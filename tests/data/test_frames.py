@@ -65,6 +65,12 @@ def test_what_is_there_is_not_made_again(videos, tmp_path, monkeypatch):
     assert extract_frames([picture], str(tmp_path), clip_files(str(videos))) == first
 
 
+def test_a_start_with_a_fraction_is_cut_off_in_a_name(videos, tmp_path):
+    picture = _picture(1.0, (_VIDEO, 30500))
+    sounds, missing = extract_frames([picture], str(tmp_path), clip_files(str(videos)))
+    assert sounds == {picture.name: (str(videos / f"{_VIDEO}_000030.mp4"), 1.0)} and not missing
+
+
 def test_reasons_of_missing_frames(videos, tmp_path):
     clips = [("absentabsen", 0), None, ("mutemutemut", 0), ("12345", 0)]
     pictures = [_picture(0.5, clip) for clip in clips]

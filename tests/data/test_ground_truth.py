@@ -150,6 +150,18 @@ def test_pictures_that_are_not_there_are_an_error_only_if_all_are(tmp_path):
     assert [line.startswith("not written") for line in lines] == [False] * 3 + [True] * 2
 
 
+def test_files_of_pictures_that_are_gone_do_not_stay(tmp_path):
+    _jpg(tmp_path / "frames" / "a.jpg")
+    write_ground_truth(str(tmp_path), "made_up", _truth("a"), [])
+    (tmp_path / "frames" / "a.jpg").unlink()
+    with pytest.raises(ValueError, match="no picture is there"):
+        write_ground_truth(str(tmp_path), "made_up", _truth("a"), [])
+    left = [path.name for path in (tmp_path / "annotations").iterdir()]
+    assert left == ["made_up_missing.csv"]
+    with pytest.raises(ValueError, match="^the boxes are of other classes"):
+        write_ground_truth(str(tmp_path), "made_up", _truth(), [])
+
+
 def test_prepared_set_is_read_when_it_is_used(tmp_path):
     register_prepared(str(tmp_path), "prepared_set", "prepare_it.py", ["cat", "dog"], ["annotator"])
     assert MetadataCatalog.get("prepared_set").thing_classes == ["cat", "dog"]

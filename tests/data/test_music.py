@@ -99,6 +99,17 @@ def test_the_script(tmp_path, monkeypatch, capsys):
         run_script(monkeypatch, "prepare_music.py", *arguments)
 
 
+def test_a_part_without_a_picture_does_not_stop_the_other(tmp_path, monkeypatch, capsys):
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "-_abcdefgh1.mp4", 2.0)
+    absent = {_key(0, 0, "abcdefghij2"): _frame((1, [0, 0, 1, 1]))}
+    solo, duet = _write(tmp_path / "solo.json.gz", absent), _write(tmp_path / "d.json.gz", _FRAMES)
+    arguments = ["--output", tmp_path, "--workers", 1, "--solo", solo, "--duet", duet]
+    run_script(monkeypatch, "prepare_music.py", *arguments)
+    assert len(written(tmp_path, "music_duet_test")["annotations"]) == 2
+    assert "not written: no picture is there. music_solo_test: 0 found" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "part, videos, frames, empty, boxes",
     [

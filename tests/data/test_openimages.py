@@ -62,6 +62,7 @@ def test_boxes_are_read_by_the_names_of_the_columns():
         ([_HEADER, _ROWS[0], _ROWS[1][:30]], "line 3: expected 13 columns.*cut short"),
         ([_HEADER, "a" * 200000], "after line 2: no csv"),
         ([_HEADER, _row("aa", _CAT, ("left", 1, 0, 1))], "line 2: a box is four numbers"),
+        ([_HEADER, _ROWS[2]], "boxes.csv: no box of one of the 26 classes, whose LabelName is /m/"),
     ],
 )
 def test_wrong_files(lines, message):

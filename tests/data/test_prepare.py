@@ -13,6 +13,7 @@ import pytest
 from annotation_files import VIDEOS, make_files, registered, write_file
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from media_files import write_video
+from prepare_scripts import FOLDER, run_script
 from pycocotools.coco import COCO
 
 from avdet2.data.clips import ClipRow, read_clip_list
@@ -273,3 +274,15 @@ def test_a_moved_data_set_still_loads(prepared: tuple[Path, dict, dict], tmp_pat
     with registered(tmp_path / "moved", {"moved": "all"}):
         clips = DatasetCatalog.get("made_up_moved")
         assert clips[0]["file_name"].startswith(str(tmp_path / "moved" / "videos"))
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in FOLDER.glob("prepare_*.py")))
+def test_the_default_folder_is_below_the_user_s(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DETECTRON2_DATASETS", "~/data")
+    # The help is not to be broken into lines.
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit) as stop:
+        run_script(monkeypatch, script, "--help")
+    assert not stop.value.code
+    assert f"(default: {tmp_path}/data/" in capsys.readouterr().out

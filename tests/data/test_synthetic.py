@@ -385,6 +385,18 @@ def test_registered_data_sets(small_set):
     assert all((clip["width"], clip["height"]) == (64, 64) for clip in clips)
 
 
+def test_all_data_sets_are_documented():
+    pytest.importorskip("detectron2")
+    from detectron2.data import DatasetCatalog
+
+    import avdet2.data.datasets.builtin  # noqa: F401
+
+    text = (Path(__file__).resolve().parents[2] / "datasets" / "README.md").read_text()
+    names = [name for name in DatasetCatalog.list() if name.startswith("synthetic_av_")]
+    assert len(names) == 3 + len(TEST_VIEWS)
+    assert not [name for name in names if f"`{name}`" not in text]
+
+
 def test_registration_does_not_need_the_data(tmp_path):
     pytest.importorskip("detectron2")
     from detectron2.data import DatasetCatalog

@@ -109,6 +109,36 @@ def test_keys_and_values(tmp_path):
     assert load_cfg("").MODEL.LOCALIZER.NUM_CLUSTERS == 39
 
 
+def test_an_integer_is_a_float_where_the_default_is(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("SOLVER:\n  MAX_EPOCH: 40\n  BASE_LR: 1\n")
+    found = load_cfg(str(path)).SOLVER
+    assert [(x, type(x)) for x in (found.MAX_EPOCH, found.BASE_LR)] == [(40, float), (1, float)]
+    # The last word is the command's.
+    found = load_cfg(str(path), ["SOLVER.MAX_EPOCH", "7", "SOLVER.BASE_LR", "-2"]).SOLVER
+    assert [(x, type(x)) for x in (found.MAX_EPOCH, found.BASE_LR)] == [(7, float), (-2, float)]
+    assert type(load_cfg("", ["SOLVER.MAX_ITER", "7"]).SOLVER.MAX_ITER) is int
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SOLVER.MAX_ITER", "7.0"),
+        ("SOLVER.MAX_EPOCH", "True"),
+        ("SOLVER.MAX_EPOCH", "'seven'"),
+        ("MODEL.MASK_ON", "1"),
+    ],
+)
+def test_other_types_are_still_errors(key, value, tmp_path):
+    with pytest.raises(ValueError, match=key):
+        load_cfg("", [key, value])
+    node, last = key.split(".")
+    path = tmp_path / "a.yaml"
+    path.write_text(f"{node}:\n  {last}: {value}\n")
+    with pytest.raises(ValueError, match=key):
+        load_cfg(str(path))
+
+
 def test_a_key_that_does_not_exist(tmp_path):
     with pytest.raises((AssertionError, KeyError), match="NUM_CLUSTER"):
         load_cfg("", ["MODEL.LOCALIZER.NUM_CLUSTER", "7"])
@@ -148,12 +178,14 @@ def test_a_run_of_another_detectron2(tmp_path, caplog):
         content["MODEL"]["NEW_NODE"] = {"A": 1, "B": {"C": 2}}
         # A list where this version has a tuple.
         content["DATASETS"]["TRAIN"] = ["some_set"]
+        content["SOLVER"]["MAX_EPOCH"] = 5
 
     with caplog.at_level(logging.WARNING, "avdet2"):
         cfg = load_cfg(_dump(tmp_path / "config.yaml", newer), ["SEED", "4"])
     assert "left out MODEL.NEW_NODE.A, MODEL.NEW_NODE.B.C, SOLVER.NEW_KEY" in caplog.text
     assert "NEW_KEY" not in cfg.SOLVER and "NEW_NODE" not in cfg.MODEL
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.DATASETS.TRAIN, cfg.SEED) == (5, ("some_set",), 4)
+    assert type(cfg.SOLVER.MAX_EPOCH) is float and cfg.SOLVER.MAX_EPOCH == 5
 
 
 def test_a_misspelt_key_in_an_edited_dump(tmp_path):

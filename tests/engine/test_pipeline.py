@@ -71,7 +71,7 @@ def test_stages_hand_weights_on(tmp_path):
 
 
 def test_stages_have_folders_of_their_own(tmp_path):
-    stages = stages_of(tmp_path, "detector:SOLVER.MAX_EPOCH", "7.0")
+    stages = stages_of(tmp_path, "detector:SOLVER.MAX_EPOCH", "7")
     assert {stage.cfg.OUTPUT_DIR for stage in stages.values()} == {
         str(tmp_path / name) for name in stages
     }
@@ -329,8 +329,8 @@ def test_another_start_is_another_option(tmp_path):
     train(stages_of(tmp_path)[name])
     with pytest.raises(ValueError, match=r'MODEL.WEIGHTS was "", is now "simclr/model_final.pth"'):
         stages_of(tmp_path, config=SIMCLR)[name].check_unchanged()
-    # Weights that are of no stage may be moved once they have been read.
-    stages_of(tmp_path, f"{name}:MODEL.WEIGHTS", "mine.pth")[name].check_unchanged()
+    with pytest.raises(ValueError, match=r'MODEL.WEIGHTS was "", is now "mine.pth"'):
+        stages_of(tmp_path, f"{name}:MODEL.WEIGHTS", "mine.pth")[name].check_unchanged()
     # An evaluation overwrites the config with its own weights.
     (stage,) = [stages_of(tmp_path)[name]]
     cfg = stage.cfg.clone()
@@ -338,6 +338,38 @@ def test_another_start_is_another_option(tmp_path):
     cfg.MODEL.WEIGHTS = stage.weights
     (tmp_path / name / "config.yaml").write_text(cfg.dump())
     stage.check_unchanged()
+
+
+KEYS = ["detector_warmup:MODEL.WEIGHTS", "detector_warmup:MODEL.LOCALIZER.BACKBONE_WEIGHTS"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_weights_from_elsewhere_may_have_been_moved(tmp_path, monkeypatch, key):
+    def stage(weights):
+        return stages_of(tmp_path / "run", key, weights)["detector_warmup"]
+
+    train(stage("/a/simclr.pth"))
+    # Once they have been read, they are not needed any more.
+    for same in ("/a/simclr.pth", "/b/simclr.pth", "simclr.pth"):
+        stage(same).check_unchanged()
+    for other in ("", "/a/torchvision.pth", "/a/simclr.pth/model_final.pth"):
+        with pytest.raises(ValueError, match='WEIGHTS was "simclr.pth"'):
+            stage(other).check_unchanged()
+    # No weights are no weights in whatever folder.
+    (tmp_path / "run" / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "run" / "here")
+    with pytest.raises(ValueError, match='WEIGHTS was "simclr.pth", is now ""'):
+        stage("").check_unchanged()
+
+
+def test_the_weights_of_other_runs_are_told_apart_by_their_folders(tmp_path):
+    def stage(weights):
+        return stages_of(tmp_path, "detector_warmup:MODEL.WEIGHTS", weights)["detector_warmup"]
+
+    train(stage("/a/simclr_R50/model_final.pth"))
+    stage("/b/simclr_R50/model_final.pth").check_unchanged()
+    with pytest.raises(ValueError, match="simclr_R50/model_final.pth.* is now .simclr_long/"):
+        stage("/a/simclr_long/model_final.pth").check_unchanged()
 
 
 def test_a_localizer_s_backbone_is_an_option_of_both_stages(tmp_path):

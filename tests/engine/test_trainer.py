@@ -5,6 +5,7 @@ Tests of the trainer on a tiny synthetic benchmark: labels, optimizer and resumi
 
 import itertools
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def simclr_cfg(tiny_av, output_dir, *opts):
             *("SOLVER.MAX_EPOCH", "0.0", "SOLVER.WARMUP_EPOCH", "0.0", "SOLVER.MAX_ITER", "4"),
             *("SOLVER.WARMUP_ITERS", "1", "SOLVER.CHECKPOINT_PERIOD", "2"),
             *("INPUT.VIEWS.SIZE", "32", "MODEL.SIMCLR.HIDDEN_DIM", "16"),
+            *("SOLVER.OPTIMIZER", "LARS", "SOLVER.BASE_LR", "0.6"),
+            *("SOLVER.WEIGHT_DECAY", "0.000001"),
             *opts,
         ],
     )
@@ -180,6 +183,21 @@ def test_clips_of_several_data_sets_keep_labels_of_their_own(tiny_av, tmp_path):
         seen.update({sample["sample_id"]: sample["file_name"] for sample in batch})
     assert set(seen) == set(range(48))
     assert all(seen[i] == seen[i + 24] for i in range(24))
+
+
+@pytest.mark.parametrize("make", [make_cfg, simclr_cfg])
+def test_fewer_clips_than_a_batch_are_told(tiny_av, tmp_path, make, caplog):
+    logger = logging.getLogger("avdet2")
+    try:
+        # Detectron2's set-up may have taken it from pytest.
+        logger.addHandler(caplog.handler)
+        AVTrainer.build_train_loader(make(tiny_av, tmp_path, "SOLVER.IMS_PER_BATCH", "24"))
+        assert "training clips" not in caplog.text
+        AVTrainer.build_train_loader(make(tiny_av, tmp_path, "SOLVER.IMS_PER_BATCH", "25"))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "there are 24 training clips, but SOLVER.IMS_PER_BATCH is 25" in caplog.text
+    assert "Set SOLVER.IMS_PER_BATCH to 24 or less" in caplog.text
 
 
 def test_a_test_image_without_usable_sound_is_left_out(tiny_av, tmp_path):

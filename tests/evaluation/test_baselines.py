@@ -18,6 +18,8 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import ProposalNetwork
 from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from avdet2.config import add_avdet2_config
 from avdet2.engine import load_cfg
@@ -253,6 +255,21 @@ def test_the_rpn_of_a_detector_as_a_detector(detector):
         torch.testing.assert_close(instances.scores, 1 / (1 + torch.exp(-logits)))
         assert instances.scores.tolist() == sorted(instances.scores.tolist(), reverse=True)
         assert not instances.pred_classes.any()
+
+
+def test_an_rpn_that_never_learned_is_refused(detector):
+    model = build_model(detector).eval()
+    image = {"image": torch.zeros(3, 64, 64, dtype=torch.uint8), "height": 64, "width": 64}
+    # What the checkpointer does with MODEL.WEIGHTS "".
+    DetectionCheckpointer(model).load("")
+    with pytest.raises(ValueError, match="no weights.*set MODEL.WEIGHTS to a .*RPN's checkpoint"):
+        model([image])
+    # An RPN of one's own learns from scratch.
+    image["instances"] = Instances((64, 64))
+    image["instances"].gt_boxes = Boxes(torch.tensor([[8.0, 8, 40, 40]]))
+    with EventStorage():
+        assert model.train()([image]).keys() == {"loss_rpn_cls", "loss_rpn_loc"}
+    assert len(model.eval()([image])[0]["instances"]) > 0
 
 
 def test_a_checkpoint_without_an_rpn_is_refused(detector, tmp_path):

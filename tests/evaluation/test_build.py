@@ -142,7 +142,27 @@ def test_trained_labels_stand_for_test_classes(cfg, tmp_path, space, method, map
     assert results["AP-owl"] > 50 and results["AP-bee"] == 0
     assert results["AP-cow"] == pytest.approx(100 * (mapping[0] == 2))
     saved = json.loads((tmp_path / "out" / "inference" / "cluster_matching.json").read_text())
-    assert saved["mapping"] == mapping
+    assert saved["mapping"] == mapping and saved["method"] == "labels"
+
+
+@pytest.mark.parametrize("labels", ["self", "video"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_test_set_says_which_labels_its_classes_cover(
+    cfg, perfect_votes, tmp_path, labels, own
+):
+    # Owl is a name of both; without a word, nothing says that heifers are cows, or what bees are.
+    MetadataCatalog.remove("build_clips")
+    MetadataCatalog.get("build_clips").label_classes = ["wasp", "heifer", "owl"]
+    if own:
+        groups = {"wasp": "bee", "heifer": "bee"}
+        MetadataCatalog.get("build_test").label_groups = groups
+        (tmp_path / "groups.json").write_text('{"heifer": "cow"}')
+        cfg.TEST.MATCHING.GROUPS = str(tmp_path / "groups.json")
+    cfg.MODEL.SELF_BOX.LABELS = labels
+    results = evaluate(cfg, [2, 0, 1] if labels == "video" else [2, 1, 0])["bbox"]
+    assert [results[f"AP50-{name}"] for name in TEST_NAMES] == pytest.approx(
+        [100, 100 * own, 100 * own]
+    )
 
 
 @pytest.mark.parametrize("labels", ["self", "video"])

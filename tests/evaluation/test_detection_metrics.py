@@ -9,11 +9,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from avdet2.evaluation.coco_boxes import coco, select_images
 from avdet2.evaluation.detection_metrics import (
     average_precisions,
-    coco,
     multi_object_rate,
-    select_images,
     silent_recall,
     single_object_images,
 )

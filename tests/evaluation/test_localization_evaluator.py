@@ -505,3 +505,22 @@ def test_center_box_on_the_real_file(shared_dir, tmp_path):
     )
     assert results["center_box_single_AUC"] == pytest.approx(100 * expected["auc"], abs=0.01)
     assert results["center_box_single_cIoU"] == pytest.approx(100 * expected["mean_ciou"], abs=0.01)
+
+
+def test_probabilities_are_taken_as_they_are(register, tmp_path):
+    # Objects that Sound: no probability is below 1e-4 of the greatest, the rule of multi_agnostic,
+    # and 0.1 of it takes a map with little contrast for the whole frame.
+    data = register({1: [(0, LEFT)], 2: [(1, [10, 10, 20, 20]), (2, RIGHT)]})
+    logits = torch.linspace(-4, 4, 49).reshape(7, 7)
+    outputs = {1: _heat(logits.sigmoid()), 2: _heat((logits / 8).sigmoid())}
+    evaluator = LocalizationEvaluator(data, str(tmp_path), ["single", "multi_agnostic"])
+    results = _run(evaluator, outputs)
+    protocols = _saved(tmp_path)["protocols"]
+    full = protocols["multi_agnostic"]["constant_boxes"]["full"]
+    assert protocols["multi_agnostic"]["metrics"] == pytest.approx(full)
+    # The contrast of the first map counts under single, the second is the whole frame.
+    boxes = [np.array([[0, 0, 0.5, 1]]), np.array([[0.1, 0.2, 0.2, 0.4], [0.5, 0, 0.5, 1]])]
+    whole = single_source_ciou(np.ones((2, 1, 1)), boxes)
+    cious = [frame["cIoU"] for frame in protocols["single"]["frames"]]
+    assert cious[1] == pytest.approx(whole[1]) and cious[0] != pytest.approx(whole[0])
+    assert results["single_cIoU"] == pytest.approx(100 * np.mean(cious))

@@ -78,6 +78,7 @@ def _cfg(folder: Path):
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (TRAIN,), TESTS
     cfg.OUTPUT_DIR, cfg.DATALOADER.NUM_WORKERS = str(folder / "out"), 0
     cfg.INPUT.MAPPER = "SelfBoxMapper"
+    cfg.TEST.LOCALIZATION.PROTOCOLS = ("single", "multi")
     cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS = str(folder / "localizer.pth")
     cfg.MODEL.LOCALIZER.NUM_CLUSTERS, cfg.MODEL.LOCALIZER.EMBED_DIM = CLUSTERS, 4
     cfg.MODEL.LOCALIZER.SELF_LABEL.BATCH_SIZE = 4
@@ -210,10 +211,14 @@ def test_agreement_with_eq6_is_that_of_all_clips(one_and_two):
 def test_evaluation_is_that_of_one_process(one_and_two):
     one, two = one_and_two
     for expected, found in zip(one["results"], two[0]["results"], strict=True):
-        assert expected.keys() == {"bbox", "bbox_agnostic", "clusters"} == found.keys()
+        tasks = {"bbox", "bbox_agnostic", "clusters", "localization"}
+        assert expected.keys() == tasks == found.keys()
         assert 0 < expected["bbox"]["AP50"] < 100
+        assert 0 < expected["localization"]["multi_cIoU"] < 100
+        assert 0 < expected["localization"]["single_cIoU"] < 100
         for task in expected:
             assert found[task] == pytest.approx(expected[task], nan_ok=True)
+    assert two[1]["results"] == [{}, {}]
 
 
 def test_the_second_test_set_uses_the_votes_of_the_first(one_and_two):

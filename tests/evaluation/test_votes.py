@@ -3,6 +3,8 @@
 Tests of how training clips vote for the names of clusters.
 """
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -97,7 +99,10 @@ EXPECTED = {
     ("argmax", "mappable"): [-1, 1, 0, -1, 1],
     ("argmax", "all"): [-1, 1, 0, -1, -1],
     ("hungarian", "all"): [-1, 1, 0, -1, -1],
-    ("mshot", "all"): [-1, 1, 0, -1, -1],
+    # Looked at, a label stands for its class; in the representative space it has no vote.
+    ("mshot", "representative"): [-1, 1, 0, -1, -1],
+    ("mshot", "mappable"): [1, 1, 0, -1, -1],
+    ("mshot", "all"): [1, 1, 0, -1, -1],
     # Both guitars are Guitar.
     ("manual", "representative"): [1, 1, 0, -1, -1],
     ("manual", "mappable"): [1, 1, 0, -1, -1],
@@ -131,6 +136,46 @@ def test_hungarian_over_the_mappable_labels_keeps_the_representatives(cfg):
     assert matchings["mappable"].mapping.tolist() == [-1, 1]
     assert matchings["mappable"].counts.tolist() == [[0, 4, 0], [0, 3, 0]]
     assert matchings["mappable"].fine.counts.tolist() == [[5, 4, 0], [0, 3, 0]]
+
+
+@pytest.mark.parametrize("space", ["representative", "mappable", "all"])
+def test_mshot_looks_at_the_best_of_all_clips(cfg, space):
+    cfg.TEST.MATCHING.METHOD, cfg.TEST.MATCHING.SPACE = "mshot", space
+    # Cluster 0 holds 30 dogs; that one piano of cluster 1 is its best clip with a voting label must
+    # not be known, as all labels would have to be.
+    votes, clips = make_votes([0] * 30 + [1], 2), clips_of([4] * 30 + [2])
+    matching = match_votes(cfg, votes, clips, VGGSOUND, TEST_CLASSES)
+    assert matching.mapping.tolist() == [-1, 0]
+    assert matching.counts.tolist() == [[0, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("space", ["representative", "mappable", "all"])
+@pytest.mark.parametrize("m", [1, 3])
+def test_mshot_needs_the_labels_of_a_few_clips(cfg, space, m):
+    cfg.TEST.MATCHING.METHOD, cfg.TEST.MATCHING.SPACE, cfg.TEST.MATCHING.M = "mshot", space, m
+    rng = np.random.default_rng(0)
+    votes, clips = make_votes(rng.integers(4, size=60), 4), clips_of(rng.integers(5, size=60))
+    expected = match_votes(cfg, votes, clips, VGGSOUND, TEST_CLASSES)
+    looked_at = votes.scores.topk(m, dim=0).indices.flatten().tolist()
+    few = [clip if i in looked_at else {} for i, clip in enumerate(clips)]
+    matching = match_votes(cfg, votes, few, VGGSOUND, TEST_CLASSES)
+    assert matching.mapping.tolist() == expected.mapping.tolist()
+    assert (matching.mapping >= 0).any() and matching.counts.sum() <= 4 * m
+
+
+def test_groups_of_the_test_set_and_of_the_user(cfg, tmp_path):
+    # The test set's own groups say that a cat is a Piano, and a dog one, too.
+    groups, names = {"cat": "Piano", "dog": "Piano"}, ["Piano", "horn"]
+    votes, clips = make_votes([0, 1, 2]), clips_of([0, 1, 2])
+    cfg.TEST.MATCHING.METHOD = "manual"
+    assert match_votes(cfg, votes, clips, TRAIN_CLASSES, names).mapping.tolist() == [-1, -1, 1]
+    matching = match_votes(cfg, votes, clips, TRAIN_CLASSES, names, groups)
+    assert matching.mapping.tolist() == [0, 0, 1]
+    # The user's have the last word.
+    (tmp_path / "groups.json").write_text('{"dog": "horn"}')
+    cfg.TEST.MATCHING.GROUPS = str(tmp_path / "groups.json")
+    matching = match_votes(cfg, votes, clips, TRAIN_CLASSES, names, groups)
+    assert matching.mapping.tolist() == [0, 1, 1]
 
 
 def test_every_label_of_a_clip_votes(cfg):
@@ -207,6 +252,32 @@ def test_votes_that_cannot_be_kept_are_still_votes(frozen, tmp_path, caplog):
     (tmp_path / f"{cache.name}.part").mkdir()
     assert frozen_votes(cfg, CLIPS).clusters.tolist() == [0, 1, 2]
     assert calls == [3, 3] and "not kept for the next evaluation" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, seconds, warned",
+    [
+        ("model_final.pth", -60, True),
+        ("model_0000999.pth", -60, True),
+        ("model_final.pth", 60, False),
+        # Of another's making, and not there.
+        ("simclr_r50_1x.pth", -60, False),
+        ("model_final.pth", None, False),
+    ],
+)
+def test_a_localizer_that_was_trained_after_the_detector(
+    frozen, tmp_path, caplog, name, seconds, warned
+):
+    cfg, _ = frozen
+    detector = tmp_path / "detector" / name
+    cfg.MODEL.WEIGHTS = str(detector)
+    if seconds is not None:
+        time = (tmp_path / "model_final.pth").stat().st_mtime + seconds
+        detector.parent.mkdir()
+        detector.touch()
+        os.utime(detector, (time, time))
+    frozen_votes(cfg, CLIPS)
+    assert (f"{detector} is older than {tmp_path / 'model_final.pth'}" in caplog.text) == warned
 
 
 def test_a_missing_localizer_is_named(cfg):

@@ -1,5 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+import argparse
 import pickle
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,13 +12,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 
+from avdet2.checkpoint.reading import load_weights
 from avdet2.config import add_avdet2_config
 from avdet2.modeling.frozen import (
     check_hand_over,
     holds_localizer,
     init_backbone,
     load_localizer,
-    load_model_state,
 )
 
 
@@ -109,7 +111,7 @@ def test_nothing_in_a_checkpoint_is_executed(trained, tmp_path):
 
     config, weights = _paths(tmp_path)
     torch.save({"model": {}, "payload": Payload()}, weights)
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(ValueError, match="model_final.pth .*open.* not executed"):
         load_localizer(config, weights)
     assert not (tmp_path / "written").exists()
 
@@ -158,23 +160,114 @@ def test_a_localizer_does_not_start_from_a_different_one(trained, tmp_path):
 
 
 def test_other_hand_overs_are_not_checked(trained, tmp_path):
-    # A visual encoder's weights from elsewhere, in both of Detectron2's forms; no weights; and a
-    # model of another kind.
-    encoder = _save(trained.visual_encoder, tmp_path / "encoder.pth")
-    for weights in (encoder, "detectron2://ImageNetPretrained/MSRA/R-50.pkl", ""):
+    # No weights, those of an address, and a model of another kind.
+    for weights in ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", ""):
         check_hand_over(trained, weights)
     check_hand_over(trained.visual_encoder, _paths(tmp_path)[1])
+    # Detectron2 translates Caffe2's names.
+    caffe2 = tmp_path / "R-50.pkl"
+    caffe2.write_bytes(pickle.dumps({"conv1_w": np.ones((64, 3, 7, 7), np.float32)}))
+    check_hand_over(trained, str(caffe2))
 
 
-def test_a_detector_finds_its_backbone_in_the_weights_or_does_not_start(tmp_path):
+def test_a_localizer_does_not_start_from_a_backbone_alone(trained, tmp_path):
+    # Detectron2 would load nothing, as the names are others.
+    for model in (trained.visual_encoder, _simclr(_cfg())):
+        weights = _save(model, tmp_path / "alone.pth")
+        with pytest.raises(ValueError, match=r"alone.pth .*set MODEL\.LOCALIZER\.BACKBONE_WEIGHTS"):
+            check_hand_over(trained, weights)
+
+
+def test_a_detector_finds_its_backbone_in_the_weights_or_does_not_start(trained, tmp_path):
     simclr = _save(_simclr(_cfg()), tmp_path / "simclr.pth")
     detector = nn.ModuleDict({"backbone": _fpn(), "head": nn.Linear(2, 2)})
     check_hand_over(detector, simclr)
     other = nn.ModuleDict({"backbone": _fpn((8, 8, 12, 20))})
     with pytest.raises(ValueError, match=r"simclr.pth .*backbone\.bottom_up\.conv4"):
         check_hand_over(other, simclr)
-    # From a model without such a backbone, or of another library's names.
-    check_hand_over(other, _save(nn.Linear(2, 2), tmp_path / "layer.pth"))
+    # From a model without such a backbone, or with other names for it.
+    with pytest.raises(ValueError, match="layer.pth .*none of the backbone's .*convert_simclr"):
+        check_hand_over(other, _save(nn.Linear(2, 2), tmp_path / "layer.pth"))
+    with pytest.raises(ValueError, match="model_final.pth .*INIT_BACKBONE True"):
+        check_hand_over(detector, _paths(tmp_path)[1])
+    plain = nn.ModuleDict({"backbone": build_backbone(_cfg())})
+    with pytest.raises(ValueError, match="simclr.pth .*none of the backbone's"):
+        check_hand_over(plain, simclr)
+
+
+class _Checkpointed(NamedTuple):
+    model: nn.Module
+    weights: str
+
+    def missing(self) -> list[str]:
+        """
+        What Detectron2 does not find for the trunk.
+        """
+        checkpointer = DetectionCheckpointer(self.model)
+        found = checkpointer._load_model(checkpointer._load_file(self.weights))
+        kept = [name for name in found.missing_keys if "tracked" not in name]
+        wrong = [name for name, *_ in found.incorrect_shapes]
+        return [name for name in kept + wrong if name.startswith(("backbone", "visual_enc"))]
+
+
+def _resnet_file(folder, depth: int, form: str) -> str:
+    """
+    A ResNet as the converter writes it ("d2.pth", "d2.pkl"), or as others publish it.
+    """
+    trunk = build_backbone(_resnet_cfg(depth))
+    state = {k: v for k, v in trunk.state_dict().items() if "tracked" not in k}
+    path, head = folder / form, {"__author__": "me", "matching_heuristics": True}
+    if form == "d2.pkl":
+        arrays = {k: v.numpy() for k, v in state.items()}
+        path.write_bytes(pickle.dumps({"model": arrays, **head}))
+    elif form == "d2.pth":
+        torch.save({"model": state, **head}, path)
+    else:
+        names = {k: k.replace("res", "layer").replace("stem.", "") for k in state}
+        state = {f"encoder.{names[k]}": v for k, v in state.items()}
+        extra = {"hyper_parameters": argparse.Namespace(a=1)} if form == "lightning.pth" else {}
+        torch.save(state if form == "plain.pth" else {"state_dict": state, **extra}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["d2.pth", "d2.pkl"])
+def test_a_converted_file_fits_into_any_model_with_that_resnet(trained, tmp_path, form):
+    weights = _resnet_file(tmp_path, 18, form)
+    for kind in ("detector", "plain detector", "localizer"):
+        for depth in (18, 34):
+            cfg = _resnet_cfg(depth, "res4" if kind == "localizer" else "res5")
+            name = "visual_encoder" if kind == "localizer" else "backbone"
+            backbone = build_backbone(cfg)
+            if kind == "detector":
+                backbone = nn.ModuleDict({"bottom_up": backbone})
+            model = nn.ModuleDict({name: backbone})
+            if kind == "localizer":
+                cfg.MODEL.LOCALIZER.VISUAL_FEATURE = "res4"
+                model = build_model(cfg)
+            if depth == 18:
+                check_hand_over(model, weights)
+            else:
+                with pytest.raises(ValueError, match=rf"{form} .*another network: .*{name}\."):
+                    check_hand_over(model, weights)
+            # It is what Detectron2 does.
+            assert bool(_Checkpointed(model, weights).missing()) == (depth == 34)
+
+
+@pytest.mark.parametrize("form", ["plain.pth", "raw.pth", "lightning.pth"])
+def test_files_of_others_are_to_be_converted(tmp_path, form):
+    weights = _resnet_file(tmp_path, 18, form)
+    trunk = build_backbone(_resnet_cfg())
+    detector = nn.ModuleDict({"backbone": nn.ModuleDict({"bottom_up": trunk})})
+    with pytest.raises(ValueError, match=f"{form} .*convert_simclr_to_d2.py") as error:
+        check_hand_over(detector, weights)
+    assert "weights_only" not in str(error.value)
+    with pytest.raises(ValueError, match=f"{form} .*convert_simclr_to_d2.py"):
+        init_backbone(trunk, weights, "KEY")
+
+
+def test_weights_that_are_not_there(trained):
+    with pytest.raises(ValueError, match="nothing/there.pth is not a file"):
+        check_hand_over(trained, "nothing/there.pth")
 
 
 def test_what_a_whole_localizer_is(trained, tmp_path):
@@ -324,6 +417,6 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
 
     path = tmp_path / "bad.pkl"
     path.write_bytes(pickle.dumps({"model": {"a": np.zeros(2)}, "payload": Payload()}))
-    with pytest.raises(pickle.UnpicklingError, match="open"):
-        load_model_state(str(path))
+    with pytest.raises(ValueError, match="bad.pkl .*open.* not executed"):
+        load_weights(str(path))
     assert not (tmp_path / "written").exists()

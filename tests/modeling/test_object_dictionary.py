@@ -112,7 +112,8 @@ def test_which_objects_are_heard():
 
 
 def test_files(tmp_path):
-    path, objects = str(tmp_path / "objects.pth"), F.normalize(torch.randn(7, 4), dim=1)
+    # The folder need not be there.
+    path, objects = str(tmp_path / "new" / "objects.pth"), F.normalize(torch.randn(7, 4), dim=1)
     save_dictionary(objects, path)
     assert torch.equal(load_dictionary(path, 4), objects)
     with pytest.raises(ValueError, match=r"\(7, 4\), not vectors .* whose length is 128"):

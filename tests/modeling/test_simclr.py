@@ -116,7 +116,7 @@ def test_one_frame_gives_two_views_and_two_frames_one_each():
 
 
 @pytest.mark.parametrize(("opts", "channels"), [((), 32), (RESNET18, 512), (RESNET50, 256)])
-def test_any_backbone_is_trained_and_gives_features(opts, channels):
+def test_any_backbone_is_trained(opts, channels):
     model, inputs = _model(*opts), _inputs()
     with EventStorage() as storage:
         for _ in range(2):
@@ -127,22 +127,7 @@ def test_any_backbone_is_trained_and_gives_features(opts, channels):
     losses["loss_nt_xent"].backward()
     for name, value in model.named_parameters():
         assert value.requires_grad == (value.grad is not None), name
-    outputs = model.eval()(inputs)
-    assert len(outputs) == FRAMES
-    assert outputs[0]["feature"].shape == (channels,)
-    assert outputs[0]["feature"].dtype == torch.float32
-
-
-def test_features_are_those_of_the_center_and_come_before_the_head():
-    model, inputs = _model().eval(), _inputs()
-    features = model.extract(inputs)
-    for x, feature in zip(inputs, features):
-        side = min(x["image"].shape[1:])
-        square = TF.center_crop(x["image"], [side, side])
-        image = TF.resize(square, [SIZE, SIZE], TF.InterpolationMode.BICUBIC, antialias=True)
-        expected = model.backbone["bottom_up"](image[None] / 255)["conv4"].mean(dim=(2, 3))[0]
-        torch.testing.assert_close(feature, expected)
-    assert torch.equal(torch.stack([x["feature"] for x in model(inputs)]), features)
+    assert model.head[0].weight.shape[1] == channels
 
 
 def test_projection_head_is_simclr_s():

@@ -64,6 +64,10 @@ def test_the_paper_s_tables_agree_with_each_other():
     assert all(means[name] == full[f"{name} AP50"] for name in means)
     expected = (full["VGGSound AP50"], full["OpenImages AP50"])
     assert PAPER_TABLES[5].rows["K = 39"] == PAPER_TABLES[6].rows["Hungarian"] == expected
+    # Its main result is that of beta .7, and so is the stage that stands beside it.
+    assert PAPER_TABLES[4].rows["0.7 single"] == expected
+    for number, row in ((1, "Ours - full"), (4, "0.7 single"), (5, "K = 39"), (6, "Argmax")):
+        assert SUITES["vggsound"].tables[number].sources[row].stage == "detector"
     for table in PAPER_TABLES.values():
         assert {len(row) for row in table.rows.values()} == {len(table.columns)}
 
@@ -171,6 +175,73 @@ def test_columns_of_another_training_set(tmp_path):
     assert len(boxes) == 1
 
 
+def test_images_without_sound_have_no_self_boxes(tmp_path):
+    runs = Runs(SUITES["vggsound"], CONFIGS, str(tmp_path), [])
+    table = SUITES["vggsound"].tables[1]
+    source = table.sources["Ours - self-boxes*"]
+    found = {column.name: runs.evaluation(table, source, column) for column in table.columns}
+    assert found["OpenImages AP50"] is None
+    assert found["VGGSound AP50"].test_sets == ("vggsound_test_boxes",)
+    row = _row(report_json(PAPER_TABLES[1], table, [runs]), "Ours - self-boxes*")
+    assert row["ours"]["OpenImages AP50"] == [None]
+
+
+def _trained_with(folder: Path, *opts: str) -> None:
+    runs = Runs(SUITES["synthetic"], CONFIGS, str(folder), list(opts))
+    for name in ("localizer_pretrain", "localizer_joint", "detector_warmup", "detector"):
+        stage = runs.stages[name]
+        _finish(stage, bbox={"AP50": 42.0})
+        Path(stage.folder, "config.yaml").write_text(stage.cfg.dump())
+
+
+@pytest.mark.parametrize(
+    "opts", [("SEED", "7"), ("MODEL.SELF_BOX.BETA", "(0.9, 0.9)"), ("SOLVER.BASE_LR", "1.0")]
+)
+def test_runs_with_other_options_are_refused(opts, tmp_path):
+    _trained_with(tmp_path)
+    table = SUITES["synthetic"].tables[6]
+    Runs(SUITES["synthetic"], CONFIGS, str(tmp_path), []).check_unchanged(table)
+    other = Runs(SUITES["synthetic"], CONFIGS, str(tmp_path), list(opts))
+    with pytest.raises(ValueError, match=f"other options.*{opts[0]} was"):
+        other.check_unchanged(table)
+
+
+def test_options_of_an_evaluation_have_a_folder_of_their_own(tmp_path):
+    suite, folder = SUITES["synthetic"], str(tmp_path)
+    asked = (
+        [],
+        ["TEST.LOCALIZATION.CONFIDENCE", "0.3"],
+        ["center_box_80:MODEL.CENTER_BOX.SIZE_RANGE", "(0.5, 0.5)"],
+        ["TEST.PLOTS", "False"],
+        ["DATASETS.PREPARED", "prepared"],
+    )
+    folders = []
+    for opts in asked:
+        found = Runs(suite, CONFIGS, folder, opts).evaluations(suite.tables[2])
+        folders.append({evaluation.stage.name: evaluation.folder for evaluation in found})
+    first, confidence, size, plots, prepared = folders
+    assert confidence["detector"] != first["detector"]
+    assert size["center_box_80"] != first["center_box_80"] and size["detector"] == first["detector"]
+    assert plots == prepared == first
+    (detector,) = [
+        evaluation
+        for evaluation in Runs(suite, CONFIGS, folder, asked[1]).evaluations(suite.tables[2])
+        if evaluation.stage.name == "detector"
+    ]
+    (command,) = detector.commands("tools")
+    assert command[command.index("TEST.LOCALIZATION.CONFIDENCE") + 1] == "0.3"
+
+
+def test_the_dictionary_is_built_first(runs):
+    table = SUITES["synthetic"].tables[2]
+    evaluation = runs.evaluation(table, table.sources["DSOL"], table.columns[0])
+    build, evaluate = evaluation.commands("tools")
+    assert build[1] == os.path.join("tools", "build_object_dictionary.py")
+    path = build[build.index("--output") + 1]
+    assert evaluate[evaluate.index("MODEL.LOCALIZER.OBJECT_DICTIONARY") + 1] == path
+    assert os.path.dirname(path) == evaluation.folder
+
+
 def _reproduce(*words: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / "reproduce.py"), *words],
@@ -190,6 +261,12 @@ def test_without_runs_only_the_paper_s_numbers_are_printed(tmp_path):
     assert ours == 5 * [[None]]
     assert "| Argmax | 39.6 | 30.1 | - |" in (tmp_path / "table_6.md").read_text()
     assert "5 evaluations are missing, and the stages detector" in done.stdout + done.stderr
+
+
+def test_a_folder_is_one_run(tmp_path):
+    again = os.path.join(str(tmp_path), ".")
+    done = _reproduce("--table", "1", "--runs", str(tmp_path), "--runs", again)
+    assert done.returncode != 0 and "names a folder twice" in done.stderr.splitlines()[-1]
 
 
 def test_a_misspelt_key_is_one_line(tmp_path):

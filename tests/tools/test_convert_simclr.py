@@ -87,12 +87,16 @@ def test_convert_and_rescale(monkeypatch, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "100 tensors; left out: 20 of num_batches_tracked, 2 of fc" in printed
     assert "MODEL.RESNETS.DEPTH 18" in printed and "not rescaled" not in printed
+    assert "guessed from the names" in printed
     found = torch.load(tmp_path / "r18.pth", weights_only=True)["model"]
     assert torch.equal(found["res2.0.conv1.weight"] * 16, state["layer1.0.conv1.weight"])
     state["layer1.0.bn1.running_var"][0] = 0
     torch.save({"state_dict": state}, tmp_path / "in.pth")
     _convert(monkeypatch, tmp_path / "in.pth", tmp_path / "r18.pth", "--rescale")
     assert "1 convolutions are not rescaled" in capsys.readouterr().out
+    words = ["--source", "tonylins"]
+    _convert(monkeypatch, tmp_path / "in.pth", tmp_path / "r18.pth", *words)
+    assert "guessed" not in capsys.readouterr().out
 
 
 def test_convert_exits_with_one_message(monkeypatch, tmp_path):

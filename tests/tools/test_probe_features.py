@@ -6,6 +6,7 @@ Tests of tools/probe_features.py on a tiny synthetic benchmark, with models as t
 import csv
 import importlib.util
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -133,6 +134,38 @@ def test_a_test_set_of_its_own(tool, runs, clips, tmp_path):
     assert row["knn"] == pytest.approx(7 / 8)
 
 
+def test_pixels_that_the_weights_do_not_know_are_told(tool, runs, tmp_path, caplog):
+    config, weights = CONFIGS / "synthetic_warmup_plain.yaml", runs / "simclr" / "model_final.pth"
+    words = ["DATASETS.VIDEOS", tmp_path / "none", "MODEL.WEIGHTS", weights]
+    logger = logging.getLogger("avdet2")
+    logger.addHandler(caplog.handler)
+    try:
+        for opts in ([], ["MODEL.PIXEL_STD", "[60.0, 60.0, 60.0]"]):
+            (tmp_path / "none").mkdir(exist_ok=True)
+            caplog.clear()
+            # After the warning, and before any features.
+            with pytest.raises(ValueError, match="no usable clip"):
+                run(tool, config, *words, *opts, "OUTPUT_DIR", tmp_path)
+            assert ("was trained with other settings" in caplog.text) == bool(opts)
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def test_a_part_of_the_clips(tool, runs, clips, tmp_path):
+    config, words = runs / "simclr" / "config.yaml", ["--no-against-random", "--k", "1"]
+    words += ["--max-clips", "12"]
+    first, again = (
+        list(run(tool, config, *words, "OUTPUT_DIR", tmp_path)["backbones"].values())
+        for _ in range(2)
+    )
+    assert first == again and first[0]["train"] + first[0]["test"] == 12
+    # A test set of its own is used as it is.
+    test = write_list(tmp_path / "test.csv", clips, lambda i, x: None if i > 7 else x)
+    words += ["--test-clips", test]
+    (row,) = run(tool, config, *words, "OUTPUT_DIR", tmp_path)["backbones"].values()
+    assert (row["train"], row["test"]) == (12, 8)
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [
@@ -150,6 +183,7 @@ def test_labels_that_cannot_be_probed(tool, runs, clips, tmp_path, label, messag
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--max-clips", "0"], "--max-clips must be at least 1"),
         (["--k", "30"], "30 neighbours are asked of 18"),
         (["--feature", "res5"], "no feature 'res5', only conv4"),
         (["MODEL.WEIGHTS", "nothing/there.pth"], "MODEL.WEIGHTS 'nothing/there.pth' is not a file"),

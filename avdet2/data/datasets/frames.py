@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from avdet2.data.clip_index import parallel_map
 from avdet2.data.datasets.ground_truth import Picture
-from avdet2.data.datasets.prepare import find_clips
+from avdet2.data.datasets.prepare import clip_file, find_clips
 from avdet2.data.video import MediaError, MediaFile, VideoInfo, read_frame
 
 JPEG_QUALITY = 95
@@ -69,14 +69,15 @@ def extract_frames(
         tuple: (media file, seconds) by picture name, and the reasons of those that are missing. A
         frame that is there without a video or sound is in neither.
     """
-    groups: dict[tuple[str, int], list[Picture]] = {}
+    groups: dict[str, list[Picture]] = {}
     missing = {}
     for picture in pictures:
-        if picture.clip in media:
-            groups.setdefault(picture.clip, []).append(picture)
+        path = clip_file(media, *picture.clip) if picture.clip else None
+        if path:
+            groups.setdefault(path, []).append(picture)
         elif not os.path.isfile(os.path.join(root, picture.file_name)):
             missing[picture.name] = NO_VIDEO if picture.clip else NO_SEGMENT
-    jobs = [(media[clip], group) for clip, group in groups.items()]
+    jobs = list(groups.items())
     results = parallel_map(partial(_frames_of_clip, root=root), jobs, min(workers, len(jobs)))
     sounds = {}
     for (path, _), found in zip(jobs, tqdm(results, "Frames", len(jobs), unit="clip")):

@@ -4,6 +4,7 @@ Boxes of published annotation files, whether or not their pictures are on disk, 
 COCO json of the pictures that are.
 """
 
+import contextlib
 import gzip
 import json
 import math
@@ -228,7 +229,8 @@ def write_ground_truth(
     sounds: Mapping[str, tuple[str, float]] | None = None,
 ) -> list[str]:
     """
-    Write `annotations/<name>.json` (COCO), `<name>_missing.csv` and `<name>_manifest.json`.
+    Write `annotations/<name>.json` (COCO), `<name>_missing.csv` and `<name>_manifest.json`. Where
+    none of the pictures is there, only the list of what is missing is left of them.
 
     Args:
         root: folder of the data set.
@@ -241,14 +243,19 @@ def write_ground_truth(
         Lines that tell the user what was written and what is missing.
 
     Raises:
-        ValueError: none of the pictures is there.
+        ValueError: none of the pictures is there, or the files have no box of the classes.
     """
     images, annotations, left_out = coco_records(truth, root, missing or {}, sounds or {})
     base = os.path.join(root, "annotations", name)
     write_missing(f"{base}_missing.csv", left_out)
     overview = summary(name, len(images), left_out)
     if not images:
-        raise ValueError(f"no picture is there. {overview}; all in {base}_missing.csv")
+        # Those of an earlier time would name pictures that are no longer there.
+        for path in (f"{base}.json", f"{base}_manifest.json"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+        why = "no picture is there" if truth.pictures else "the boxes are of other classes"
+        raise ValueError(f"{why}. {overview}; all in {base}_missing.csv")
     digest = write_coco(f"{base}.json", images, annotations, truth.classes)
     labels = [truth.classes[note["category_id"] - 1] for note in annotations]
     manifest = {

@@ -65,7 +65,11 @@ def general_labels(in_table_7: bool = False) -> dict[str, str]:
         in_table_7: only the ten of Table 7.
     """
     rows = label_maps()["table_A1_general"]
-    return {row["vggsound"]: row["openimages"] for row in rows if row["in_table_7"] or not in_table_7}
+    return {
+        row["vggsound"]: row["openimages"]
+        for row in rows
+        if row["in_table_7"] or not in_table_7
+    }
 
 
 def openimages_mids() -> dict[str, str]:

@@ -54,7 +54,8 @@ def read_boxes(lines: Iterable[str], source: str, split: str) -> GroundTruth:
         `iscrowd` 1.
 
     Raises:
-        ValueError: a column is missing, or a row is cut short or holds no numbers.
+        ValueError: a column is missing, a row is cut short or holds no numbers, or no box is of one
+            of the classes.
     """
     classes, mids = zip(*openimages_mids().items())
     category_of = {mid: i for i, mid in enumerate(mids)}
@@ -65,6 +66,11 @@ def read_boxes(lines: Iterable[str], source: str, split: str) -> GroundTruth:
         if corners:
             box = Box(category_of[mid], corners, {"iscrowd": int(group == "1")})
             found.setdefault(image, []).append(box)
+    if not found:
+        raise ValueError(
+            f"{source}: no box of one of the {len(mids)} classes, whose LabelName is {mids[0]} "
+            f"({classes[0]}) and so on: is it the whole file, and does it hold MIDs?"
+        )
     pictures = [Picture(name, f"{split}/{name}.jpg", found[name]) for name in sorted(found)]
     return GroundTruth(list(classes), pictures, dropped)
 

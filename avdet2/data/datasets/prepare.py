@@ -34,6 +34,14 @@ class ClipFiles(NamedTuple):
     others: list[str]
 
 
+def default_root(name: str) -> str:
+    """
+    The folder of a data set below $DETECTRON2_DATASETS (default: ./datasets), which may begin with
+    "~".
+    """
+    return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), name)
+
+
 def read_csv(
     path: str, columns: Sequence[int], what: str, comment: str = "", **options: Any
 ) -> Iterator[tuple[str, list[str]]]:
@@ -118,6 +126,18 @@ def find_clips(folder: str) -> ClipFiles:
                 else:
                     files.setdefault(clip, path)
     return ClipFiles(files, others)
+
+
+def clip_file(files: Mapping[tuple[str, int], str], video: str, milliseconds: int) -> str | None:
+    """
+    The file of the clip that starts there, None where there is none.
+
+    Args:
+        files: by (YouTube id, start in milliseconds).
+        video: YouTube id.
+        milliseconds: start. A fraction of a second is cut off where a name counts seconds.
+    """
+    return files.get((video, milliseconds)) or files.get((video, milliseconds // 1000 * 1000))
 
 
 def write_clip_list(path: str, rows: Iterable[Sequence[Any]]) -> str:

@@ -23,6 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from avdet2.data.clips import scan_clips
 from avdet2.data.datasets.prepare import (
     ClipFiles,
+    clip_file,
     counts,
     file_sha256,
     find_clips,
@@ -159,7 +160,10 @@ def prepare_segments(
     """
     clips = find_clips(videos)
     segments = list(chain.from_iterable(spec.segments for spec in lists.values()))
-    file_of = {segment: _file_of(segment, clips) for segment in segments}
+    file_of = {
+        segment: clip_file(clips.files, segment.video, round(segment.start * 1000))
+        for segment in segments
+    }
     if not any(file_of.values()):
         raise ValueError(_nothing_found(videos, clips, segments))
     known = {video for video, _ in clips.files}
@@ -175,12 +179,6 @@ def prepare_segments(
     }
     notes["other_videos"] = len(clips.others)
     return write_prepared(output, videos, lists, places, missing, sources, **notes), missing
-
-
-def _file_of(segment: Segment, clips: ClipFiles) -> str | None:
-    file = clips.files.get((segment.video, round(segment.start * 1000)))
-    # A start with a fraction is cut off where a name counts seconds.
-    return file or clips.files.get((segment.video, int(segment.start) * 1000))
 
 
 def write_prepared(

@@ -6,7 +6,7 @@ The synthetic benchmark that `datasets/prepare_synthetic.py` makes, as registere
 import json
 import os
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -18,7 +18,7 @@ from avdet2.data.synthetic.views import CLASS_GROUPS, TEST_VIEWS
 _EXTRA_ANNOTATION_KEYS = ["sounding", "instance", "visible"]
 
 
-def load_synthetic_clips(root: str, dataset_name: Optional[str] = None) -> List[Dict[str, Any]]:
+def load_synthetic_clips(root: str, dataset_name: str | None = None) -> list[dict[str, Any]]:
     """
     Load the training clips; see :func:`avdet2.data.clips.scan_clips`.
 

@@ -36,8 +36,8 @@ def single_objects(truth: Dict[str, Any]) -> Dict[str, Any]:
 
 def several_objects(truth: Dict[str, Any]) -> Dict[str, Any]:
     """
-    Images with several objects, all of which are to be found, whether they sound or not: the nearest
-    that there is to DSOL's frames with several instruments, as in each image one object sounds.
+    Images with several objects, all of which are to be found, whether they sound or not: nearest to
+    DSOL's frames with several instruments, as in each image one object sounds.
     """
     number = Counter(entry["image_id"] for entry in truth["annotations"])
     chosen = _of_images(truth, {image for image, n in number.items() if n > 1})

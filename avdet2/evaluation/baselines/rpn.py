@@ -4,7 +4,6 @@ A region proposal network as a detector without classes: "COCO-trained RPN" of T
 """
 
 import torch
-from torch import nn
 
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import ProposalNetwork
@@ -28,6 +27,7 @@ class ClassAgnosticRPN(BoxBaseline, ProposalNetwork):
             args, kwargs: see ProposalNetwork.
         """
         super().__init__(*args, **kwargs)
+        self.has_learned = False
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def forward(self, batched_inputs: list[dict]) -> list[dict] | dict[str, torch.Tensor]:
@@ -39,10 +39,20 @@ class ClassAgnosticRPN(BoxBaseline, ProposalNetwork):
             for each image {"instances": Instances} at (height, width), with `pred_boxes`, `scores`
             and `pred_classes` (all 0), at most MODEL.RPN.POST_NMS_TOPK_TEST, the highest score
             first; in training the losses of the RPN.
+
+        Raises:
+            ValueError: in inference, without weights and without training.
         """
-        outputs = super().forward(batched_inputs)
         if self.training:
-            return outputs
+            self.has_learned = True
+            return super().forward(batched_inputs)
+        if not self.has_learned:
+            raise ValueError(
+                "ClassAgnosticRPN has no weights, and would give random boxes: set MODEL.WEIGHTS "
+                "to a detector's or an RPN's checkpoint, such as the one that "
+                "configs/Baselines/coco_rpn_R50_FPN.yaml names"
+            )
+        outputs = super().forward(batched_inputs)
         proposals = [output["proposals"] for output in outputs]
         return [
             {
@@ -54,10 +64,11 @@ class ClassAgnosticRPN(BoxBaseline, ProposalNetwork):
         ]
 
 
-def _check_loaded(model: nn.Module, incompatible_keys) -> None:
+def _check_loaded(model: ClassAgnosticRPN, incompatible_keys) -> None:
     """
     Refuse a checkpoint without an RPN: Detectron2 would warn, and measure a random one.
     """
+    model.has_learned = True
     parameters = {name for name, _ in model.named_parameters()}
     missing = sorted(parameters & set(incompatible_keys.missing_keys))
     if missing:

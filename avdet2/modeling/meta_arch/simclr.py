@@ -18,7 +18,7 @@ from detectron2.utils.events import get_event_storage
 
 from avdet2.modeling.heads import global_pool
 from avdet2.modeling.nt_xent import NTXentLoss
-from avdet2.modeling.views import RandomView, center_crops
+from avdet2.modeling.views import RandomView
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class SimCLR(nn.Module):
     unlike for others ("A Simple Framework for Contrastive Learning of Visual Representations").
 
     The trunk is ``backbone.bottom_up``, as in a detector with an FPN, which loads the checkpoint
-    as it is. In training a dict of losses is returned, in inference the pooled features.
+    as it is. It is only trained; :func:`avdet2.evaluation.probes.pooled_features` has its features.
     """
 
     @configurable
@@ -94,18 +94,15 @@ class SimCLR(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
         """
         Args:
-            batched_inputs: dicts of FrameMapper, with "image" (3, h, w) uint8 of any size; in
-                training optionally "image2", of which the second view is made.
+            batched_inputs: dicts of FrameMapper, with "image" (3, h, w) uint8 of any size;
+                optionally with "image2", of which the second view is made.
 
         Returns:
-            in training a dict of ``loss_nt_xent``. In inference a list of dicts with "feature"
-            (C,).
+            dict: of ``loss_nt_xent``.
         """
-        if not self.training:
-            return [{"feature": feature} for feature in self.extract(batched_inputs)]
         projections = self.head(self._pooled(self.preprocess(batched_inputs))).flatten(1)
         # Under AMP the products of the similarities would be in half precision.
         with torch.autocast(self.device.type, enabled=False):
@@ -130,19 +127,6 @@ class SimCLR(nn.Module):
         if "image2" in batched_inputs[0]:
             second = self._frames(batched_inputs, "image2")
         return self._normalize(torch.cat([self.view(first), self.view(second)]))
-
-    def extract(self, batched_inputs: list[dict]) -> torch.Tensor:
-        """
-        Pooled features, before the projection head, of the largest central squares of images.
-
-        Args:
-            batched_inputs: dicts with "image" (3, h, w) uint8, of any size.
-
-        Returns:
-            Tensor: of shape (N, C), float32.
-        """
-        images = center_crops(self._frames(batched_inputs, "image"), self.view.size)
-        return self._pooled(self._normalize(images)).flatten(1).float()
 
     def _frames(self, batched_inputs: list[dict], key: str) -> list[torch.Tensor]:
         images = [x[key].to(self.device, non_blocking=True) for x in batched_inputs]
