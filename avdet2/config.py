@@ -18,6 +18,7 @@ def add_avdet2_config(cfg: CN) -> None:
     """
     _add_data(cfg)
     _add_localizer(cfg)
+    _add_simclr(cfg)
     _add_spectrogram(cfg)
     _add_self_labels(cfg)
     _add_self_boxes(cfg)
@@ -125,6 +126,8 @@ def _add_localizer(cfg: CN) -> None:
     # has a box for every kind of object in it that is heard, and these are the clusters.
     node.OBJECT_DICTIONARY = ""
 
+
+def _add_simclr(cfg: CN) -> None:
     # SimCLR: the backbone's feature that is pooled, the projection head (v1: 2 layers, v2: 3), the
     # temperature of NT-Xent, negatives from all processes.
     cfg.MODEL.SIMCLR = CN()

@@ -19,7 +19,6 @@ What is not there is listed in missing.csv. Run it again when clips were added.
 import argparse
 import logging
 import os
-import sys
 
 from avdet2.data.datasets.audioset import (
     audioset_lists,
@@ -28,50 +27,43 @@ from avdet2.data.datasets.audioset import (
     read_audioset_csv,
 )
 from avdet2.data.datasets.label_maps import audioset_instruments
-from avdet2.data.datasets.prepare import default_root, summary
+from avdet2.data.datasets.prepare import add_output, run_script, script_parser, summary
 from avdet2.data.datasets.segments import manifest_lines, prepare_segments
 
 
-def parse_arguments() -> argparse.Namespace:
-    """
-    Read the command line.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = default_root("audioset")
-    parser.add_argument("--segments", required=True, nargs="+", help="AudioSet's segment csv files")
-    parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
-    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
-    parser.add_argument("--labels", help="class_labels_indices.csv, to check the labels against")
-    parser.add_argument("--exclude", help="audioset_box.json: its videos are left out")
-    return parser.parse_args()
-
-
-def main() -> None:
+def prepare(args: argparse.Namespace) -> None:
     """
     Read, find, write, and say what is there.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse_arguments()
-    try:
-        mids = read_audioset_classes(args.labels) if args.labels else None
-        names = {mid: name for name, mid in audioset_instruments()}
-        segments = read_audioset_csv(args.segments, names, mids)
-        excluded = box_videos(args.exclude) if args.exclude else set()
-        kept = [segment for segment in segments if segment.video not in excluded]
-        notes = {"excluded_segments": len(segments) - len(kept)}
-        videos = args.videos or os.path.join(args.output, "videos")
-        sources = [*args.segments, *filter(None, (args.labels, args.exclude))]
-        manifest, missing = prepare_segments(
-            args.output, videos, audioset_lists(kept), sources, **notes
-        )
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare_audioset.py: {error}")
+    mids = read_audioset_classes(args.labels) if args.labels else None
+    names = {mid: name for name, mid in audioset_instruments()}
+    segments = read_audioset_csv(args.segments, names, mids)
+    excluded = box_videos(args.exclude) if args.exclude else set()
+    kept = [segment for segment in segments if segment.video not in excluded]
+    notes = {"excluded_segments": len(segments) - len(kept)}
+    videos = args.videos or os.path.join(args.output, "videos")
+    sources = [*args.segments, *filter(None, (args.labels, args.exclude))]
+    manifest, missing = prepare_segments(
+        args.output, videos, audioset_lists(kept), sources, **notes
+    )
     print("\n".join(manifest_lines(manifest)))
     print(summary("segments", manifest["segments"] - len(missing), missing))
     print(f"{notes['excluded_segments']} segments of test videos left out")
     print(f"written to {args.output}")
+
+
+def main() -> None:
+    """
+    See the top of this file.
+    """
+    parser = script_parser(__doc__)
+    parser.add_argument("--segments", required=True, nargs="+", help="AudioSet's segment csv files")
+    parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
+    add_output(parser, "audioset")
+    parser.add_argument("--labels", help="class_labels_indices.csv, to check the labels against")
+    parser.add_argument("--exclude", help="audioset_box.json: its videos are left out")
+    run_script(prepare, parser)
 
 
 if __name__ == "__main__":

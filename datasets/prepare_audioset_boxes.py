@@ -14,7 +14,6 @@ what is missing.
 
 import argparse
 import os
-import sys
 
 from avdet2.data.datasets.audioset_boxes import (
     PARTS,
@@ -24,23 +23,7 @@ from avdet2.data.datasets.audioset_boxes import (
 )
 from avdet2.data.datasets.frames import clip_files, extract_frames
 from avdet2.data.datasets.ground_truth import write_ground_truths
-from avdet2.data.datasets.prepare import default_root
-
-
-def parse_arguments() -> argparse.Namespace:
-    """
-    Read the command line.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = default_root("audioset_boxes")
-    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
-    parser.add_argument("--boxes", help="file of boxes (default: audioset_box.json in --output)")
-    parser.add_argument("--segments", required=True, help="AudioSet's balanced_train_segments.csv")
-    parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    return parser.parse_args()
+from avdet2.data.datasets.prepare import add_clips, add_output, run_script, script_parser
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -63,11 +46,12 @@ def main() -> None:
     """
     See the top of this file.
     """
-    args = parse_arguments()
-    try:
-        prepare(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare_audioset_boxes.py: {error}")
+    parser = script_parser(__doc__)
+    add_output(parser, "audioset_boxes")
+    parser.add_argument("--boxes", help="file of boxes (default: audioset_box.json in --output)")
+    parser.add_argument("--segments", required=True, help="AudioSet's balanced_train_segments.csv")
+    add_clips(parser)
+    run_script(prepare, parser)
 
 
 if __name__ == "__main__":

@@ -12,28 +12,11 @@ The data set's authors give the frames, their sound and the boxes: <output>/fram
 
 import argparse
 import os
-import sys
 
 from avdet2.data.datasets.flickr import read_flickr, read_ids
 from avdet2.data.datasets.frames import clip_files, extract_frames, sound_files
 from avdet2.data.datasets.ground_truth import write_ground_truth
-from avdet2.data.datasets.prepare import default_root
-
-
-def parse_arguments() -> argparse.Namespace:
-    """
-    Read the command line.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = default_root("flickr_soundnet")
-    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
-    parser.add_argument("--ids", help="csv of ids (default: flickr_test.csv in --output)")
-    parser.add_argument("--boxes", help="folder of XML files (default: Annotations in --output)")
-    parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    return parser.parse_args()
+from avdet2.data.datasets.prepare import add_clips, add_output, run_script, script_parser
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -58,11 +41,12 @@ def main() -> None:
     """
     See the top of this file.
     """
-    args = parse_arguments()
-    try:
-        prepare(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare_flickr_soundnet.py: {error}")
+    parser = script_parser(__doc__)
+    add_output(parser, "flickr_soundnet")
+    parser.add_argument("--ids", help="csv of ids (default: flickr_test.csv in --output)")
+    parser.add_argument("--boxes", help="folder of XML files (default: Annotations in --output)")
+    add_clips(parser)
+    run_script(prepare, parser)
 
 
 if __name__ == "__main__":

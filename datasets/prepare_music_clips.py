@@ -13,58 +13,50 @@ missing.csv. The frames with boxes are prepare_music.py's.
 import argparse
 import logging
 import os
-import sys
 
 from avdet2.data.datasets.music_clips import (
     music_test_videos,
     prepare_music_clips,
     read_music_videos,
 )
-from avdet2.data.datasets.prepare import default_root, summary
+from avdet2.data.datasets.prepare import add_output, run_script, script_parser, summary
 from avdet2.data.datasets.segments import manifest_lines
 
 
-def parse_arguments() -> argparse.Namespace:
-    """
-    Read the command line.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = default_root("music")
-    parser.add_argument("--solo", help="MUSIC_solo_videos.json; without it, it is left out")
-    parser.add_argument("--duet", help="MUSIC_duet_videos.json; without it, it is left out")
-    parser.add_argument("--videos", help="folder of the videos (default: videos in --output)")
-    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
-    parser.add_argument("--clip-seconds", type=float, default=10.0, help="length of the clips")
-    parser.add_argument("--exclude", nargs="+", default=[], help="DSOL's json files of test frames")
-    return parser.parse_args()
-
-
-def main() -> None:
+def prepare(args: argparse.Namespace) -> None:
     """
     Read, cut, write, and say what is there.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse_arguments()
     files = {"solo": args.solo, "duet": args.duet}
-    try:
-        parts = {part: read_music_videos(path) for part, path in files.items() if path}
-        if not parts:
-            raise ValueError("give --solo, --duet or both")
-        manifest, missing = prepare_music_clips(
-            args.output,
-            args.videos or os.path.join(args.output, "videos"),
-            parts,
-            [*filter(None, files.values()), *args.exclude],
-            args.clip_seconds,
-            set().union(*map(music_test_videos, args.exclude)),
-        )
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare_music_clips.py: {error}")
+    parts = {part: read_music_videos(path) for part, path in files.items() if path}
+    if not parts:
+        raise ValueError("give --solo, --duet or both")
+    manifest, missing = prepare_music_clips(
+        args.output,
+        args.videos or os.path.join(args.output, "videos"),
+        parts,
+        [*filter(None, files.values()), *args.exclude],
+        args.clip_seconds,
+        set().union(*map(music_test_videos, args.exclude)),
+    )
     print("\n".join(manifest_lines(manifest)))
     print(summary("videos", manifest["segments"] - len(missing), missing))
     print(f"written to {args.output}")
+
+
+def main() -> None:
+    """
+    See the top of this file.
+    """
+    parser = script_parser(__doc__)
+    parser.add_argument("--solo", help="MUSIC_solo_videos.json; without it, it is left out")
+    parser.add_argument("--duet", help="MUSIC_duet_videos.json; without it, it is left out")
+    parser.add_argument("--videos", help="folder of the videos (default: videos in --output)")
+    add_output(parser, "music")
+    parser.add_argument("--clip-seconds", type=float, default=10.0, help="length of the clips")
+    parser.add_argument("--exclude", nargs="+", default=[], help="DSOL's json files of test frames")
+    run_script(prepare, parser)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ annotations/*_missing.csv.
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 
 from tqdm import tqdm
@@ -27,22 +26,7 @@ from avdet2.data.datasets.openimages import (
     read_boxes,
     set_name,
 )
-from avdet2.data.datasets.prepare import default_root
-
-
-def parse_arguments() -> argparse.Namespace:
-    """
-    Read the command line.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = default_root("openimages")
-    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
-    parser.add_argument("--boxes", required=True, help="csv of the split's boxes")
-    parser.add_argument("--descriptions", help="class-descriptions-boxable.csv, as a check")
-    return parser.parse_args()
+from avdet2.data.datasets.prepare import add_output, run_script, script_parser
 
 
 def lines_of(path: str) -> Iterator[str]:
@@ -84,11 +68,12 @@ def main() -> None:
     """
     See the top of this file.
     """
-    args = parse_arguments()
-    try:
-        prepare(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare_openimages.py: {error}")
+    parser = script_parser(__doc__)
+    add_output(parser, "openimages")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
+    parser.add_argument("--boxes", required=True, help="csv of the split's boxes")
+    parser.add_argument("--descriptions", help="class-descriptions-boxable.csv, as a check")
+    run_script(prepare, parser)
 
 
 if __name__ == "__main__":

@@ -14,27 +14,17 @@ annotations/*_missing.csv. Run again, it makes what is missing.
 
 import argparse
 import os
-import sys
 
 from avdet2.data.datasets.frames import clip_files, extract_frames, sound_files
 from avdet2.data.datasets.ground_truth import write_ground_truths
-from avdet2.data.datasets.prepare import default_root, parse_clip_name
+from avdet2.data.datasets.prepare import (
+    add_clips,
+    add_output,
+    parse_clip_name,
+    run_script,
+    script_parser,
+)
 from avdet2.data.datasets.vggss import read_vggss, vggsound_boxes
-
-
-def parse_arguments() -> argparse.Namespace:
-    """
-    Read the command line.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = default_root("vggss")
-    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
-    parser.add_argument("--boxes", help="vggss.json (default: the one in --output)")
-    parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    return parser.parse_args()
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -59,11 +49,11 @@ def main() -> None:
     """
     See the top of this file.
     """
-    args = parse_arguments()
-    try:
-        prepare(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare_vggss.py: {error}")
+    parser = script_parser(__doc__)
+    add_output(parser, "vggss")
+    parser.add_argument("--boxes", help="vggss.json (default: the one in --output)")
+    add_clips(parser)
+    run_script(prepare, parser)
 
 
 if __name__ == "__main__":

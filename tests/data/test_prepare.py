@@ -3,10 +3,12 @@
 What the prepare scripts share: files with hashes, names of clips, segments to clip lists.
 """
 
+import argparse
 import gzip
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,14 @@ from pycocotools.coco import COCO
 
 from avdet2.data.clips import ClipRow, read_clip_list
 from avdet2.data.datasets.prepare import (
+    add_clips,
+    add_output,
     counts,
     file_sha256,
     find_clips,
     parse_clip_name,
     read_csv,
+    script_parser,
     sha256_of_rows,
     summary,
     write_clip_list,
@@ -30,6 +35,7 @@ from avdet2.data.datasets.prepare import (
     write_manifest,
     write_missing,
 )
+from avdet2.data.datasets.prepare import run_script as run_prepare
 from avdet2.data.datasets.segments import (
     NOT_ON_DISK,
     OTHER_SEGMENT,
@@ -286,3 +292,31 @@ def test_the_default_folder_is_below_the_user_s(script, tmp_path, monkeypatch, c
         run_script(monkeypatch, script, "--help")
     assert not stop.value.code
     assert f"(default: {tmp_path}/data/" in capsys.readouterr().out
+
+
+def test_the_command_line_of_a_script(monkeypatch, capsys):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/data")
+    parser = script_parser("First line.\n\n    an example, as it stands\n")
+    add_output(parser, "owls")
+    add_clips(parser)
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["/scripts/prepare_owls.py", "--workers", "3"])
+    run_prepare(seen.append, parser)
+    assert seen == [argparse.Namespace(output="/data/owls", videos=None, workers=3)]
+    monkeypatch.setattr(sys, "argv", ["prepare_owls.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        run_prepare(seen.append, parser)
+    assert not stop.value.code and len(seen) == 1
+    assert "First line.\n\n    an example, as it stands\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, KeyError])
+def test_a_script_ends_with_one_line_for_errors_of_the_user_s(kind, monkeypatch):
+    def prepare(args: argparse.Namespace) -> None:
+        raise kind("no owls")
+
+    monkeypatch.setattr(sys, "argv", ["/scripts/prepare_owls.py"])
+    with pytest.raises(KeyError if kind is KeyError else SystemExit) as stop:
+        run_prepare(prepare, script_parser("Owls."))
+    # sys.exit() prints a text; the exit code is 1. Other errors are bugs and keep their trace.
+    assert kind is KeyError or stop.value.code == "prepare_owls.py: no owls"

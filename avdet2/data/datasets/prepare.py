@@ -1,12 +1,14 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-What the scripts datasets/prepare_*.py have in common: they write lists, boxes and what is missing,
-each file with a hash that says which data a number was measured on.
+What the scripts datasets/prepare_*.py have in common: their command line, and that they write
+lists, boxes and what is missing, each file with a hash that says which data a number was measured
+on.
 
 Every function writes the same bytes for the same content, so the hashes of two people agree where
 they have the same files. Nothing is left half written: files are replaced when they are complete.
 """
 
+import argparse
 import csv
 import gzip
 import hashlib
@@ -14,8 +16,9 @@ import io
 import json
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from avdet2.data.clips import VIDEO_EXTENSIONS
@@ -40,6 +43,49 @@ def default_root(name: str) -> str:
     "~".
     """
     return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), name)
+
+
+def script_parser(description: str) -> argparse.ArgumentParser:
+    """
+    A parser without options whose help shows the description, a script's docstring, line by line.
+    """
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    """
+    Add `--output`, by default the folder of the data set `name`: see :func:`default_root`.
+    """
+    default = default_root(name)
+    parser.add_argument("--output", default=default, help="folder to write (default: %(default)s)")
+
+
+def add_clips(parser: argparse.ArgumentParser) -> None:
+    """
+    Add the options of a script that takes frames out of clips: `--videos` and `--workers`.
+    """
+    parser.add_argument("--videos", help="folder of the clips (default: videos in --output)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+
+
+def run_script(
+    prepare: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser
+) -> None:
+    """
+    Prepare a data set as the command line says.
+
+    Args:
+        prepare: takes the command line's options. Its OSError or ValueError is an error of the
+            user's: one line and the exit code 1.
+        parser: of the command line.
+    """
+    args = parser.parse_args()
+    try:
+        prepare(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{parser.prog}: {error}")
 
 
 def read_csv(
