@@ -24,6 +24,7 @@ def add_avdet2_config(cfg: CN) -> None:
     _add_self_boxes(cfg)
     _add_solver(cfg)
     _add_test(cfg)
+    _add_distributed(cfg)
     _add_pipeline(cfg)
 
 
@@ -108,8 +109,11 @@ def _add_localizer(cfg: CN) -> None:
     node.RHO_INIT = 0.07
     # Upper bound of 1 / rho.
     node.MAX_SCALE = 100.0
-    # Negatives from all processes, with gradients.
+    # Negatives from all processes; without GATHER_GRADIENTS those of other processes are constants.
     node.GATHER = True
+    node.GATHER_GRADIENTS = True
+    # Compile the encoders (torch.compile) for training: a minute or more at the start.
+    node.COMPILE = False
     # The localisation objective: "nce" (eq. 1), or, for the comparisons of Table 2, "bce" (Objects
     # that Sound: matching pairs against others; rho is then the inverse of a learned scale, beside
     # a learned shift) or "triplet" (Senocak et al.; POOL must be "attention").
@@ -200,6 +204,9 @@ def _add_self_boxes(cfg: CN) -> None:
     # the same network (build_avol_fpn_backbone, or the same ResNet, of which it may lack the last
     # stages).
     node.INIT_BACKBONE = False
+    # Folder that tools/cache_heatmaps.py wrote: heatmaps of all prepared frames, which the mapper
+    # then takes in place of running the localizer. Empty: on the fly.
+    node.HEATMAPS = ""
 
     # The row "Center Box" of Table 1: range of the sides, as fractions of the frame's.
     cfg.MODEL.CENTER_BOX = CN()
@@ -217,6 +224,13 @@ def _add_solver(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Trust coefficient of LARS ("eeta" in SimCLR).
     cfg.SOLVER.LARS_ETA = 0.001
+    # Update all parameters in one kernel, where the optimizer has one and the model is on a GPU.
+    cfg.SOLVER.FUSED = True
+    # With SOLVER.AMP.ENABLED: fp16 (with a scaled loss, as stock) or bf16.
+    cfg.SOLVER.AMP.PRECISION = "fp16"
+    # Iterations between two looks at the losses, which are then the means since the last look: each
+    # waits for the device and for the other processes. 1 is stock.
+    cfg.SOLVER.METRIC_PERIOD = 1
     # Length of the training, and of the warm-up, in passes over the training set. Above 0 they
     # replace MAX_ITER and WARMUP_ITERS.
     cfg.SOLVER.MAX_EPOCH = 0.0
@@ -246,6 +260,13 @@ def _add_test(cfg: CN) -> None:
     # Pictures of the results (precision-recall curves, the clusters' confusion ...) beside the
     # json.
     cfg.TEST.PLOTS = True
+
+
+def _add_distributed(cfg: CN) -> None:
+    # Seconds that a process waits for the others. One that is lost, or hangs, ends the job with an
+    # error after that time. Object gathers on GPUs keep PyTorch's own 30 minutes.
+    cfg.DISTRIBUTED = CN()
+    cfg.DISTRIBUTED.TIMEOUT = 1800.0
 
 
 def _add_pipeline(cfg: CN) -> None:
