@@ -4,15 +4,20 @@ Config files and ``KEY VALUE`` pairs to a config.
 """
 
 import logging
+import os
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.config.compat import guess_version
 
 from avdet2.config import add_avdet2_config
 
 logger = logging.getLogger(__name__)
+
+# What files hold, with the size and time of change of all that were read for it.
+_read: dict[str, tuple[dict[str, tuple[int, int]], dict[str, Any]]] = {}
 
 
 def load_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
@@ -70,36 +75,68 @@ def _as_float(value: Any, default: Any) -> Any:
 
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
-    loaded = cfg.load_yaml_with_base(path, allow_unsafe=False) or {}
+    loaded = _load_yaml(path)
     keys = dict(flat_items(loaded)).keys()
     unknown = keys - dict(flat_items(cfg)).keys()
     # Only a run's own dump has every key of Detectron2; a misspelt one leaves the right one out.
-    is_dump = dict(flat_items(get_cfg())).keys() <= keys
-    # Detectron2 wants the default's very type, and reads the file itself.
-    defaults = dict(flat_items(cfg))
-    integers = {
-        key: value
-        for key, value in flat_items(loaded)
-        if type(value) is int and type(defaults.get(key)) is float
-    }
-    _set_values(cfg, integers)
-    if not (unknown and is_dump):
-        cfg.merge_from_file(path, allow_unsafe=False)
-    else:
+    if unknown and dict(flat_items(get_cfg())).keys() <= keys:
         logger.warning(
             f"{path}: left out {', '.join(sorted(unknown))}, unknown to this version of Detectron2"
         )
-        cfg.merge_from_other_cfg(CfgNode(_known_part(loaded, cfg)))
-    _set_values(cfg, {key: float(value) for key, value in integers.items()})
+        loaded = _known_part(loaded, cfg)
+    node = CfgNode(_fitted(loaded, cfg))
+    if node.get("VERSION", None) is None:
+        node.VERSION = guess_version(node, path)
+    if node.VERSION == cfg.VERSION:
+        cfg.merge_from_other_cfg(node)
+    else:
+        # Detectron2 translates its older formats, but only those that it reads itself.
+        cfg.merge_from_file(path, allow_unsafe=False)
 
 
-def _set_values(cfg: CfgNode, values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        *nodes, last = key.split(".")
-        node = cfg
-        for name in nodes:
-            node = node[name]
-        node[last] = value
+def _load_yaml(path: str) -> dict[str, Any]:
+    """
+    A file with its bases. The stages of a pipeline share most of them, and reading takes long: what
+    was read is kept as long as none of the files has changed.
+    """
+    stamps, loaded = _read.get(path, ({}, {}))
+    if not stamps or stamps != _stamps(stamps):
+        opened: list[str] = []
+
+        class Reader(CfgNode):
+            @classmethod
+            def _open_cfg(cls, filename: str) -> IO[str]:
+                opened.append(filename)
+                return super()._open_cfg(filename)
+
+        loaded = Reader.load_yaml_with_base(path, allow_unsafe=False)
+        _read[path] = _stamps(opened), loaded
+    return loaded
+
+
+def _stamps(files: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """
+    Size and time of change of files; nothing where one of them is not local.
+    """
+    try:
+        return {file: (os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files}
+    except OSError:
+        return {}
+
+
+def _fitted(loaded: dict[str, Any], cfg: Any) -> dict[str, Any]:
+    """
+    Detectron2 wants the default's very type: integers as floats where the default is one.
+    """
+    fitted = {}
+    for key, value in loaded.items():
+        default = cfg.get(key) if isinstance(cfg, dict) else None
+        if isinstance(value, dict):
+            value = _fitted(value, default)
+        elif type(value) is int and type(default) is float:
+            value = float(value)
+        fitted[key] = value
+    return fitted
 
 
 def _known_part(loaded: dict[str, Any], cfg: CfgNode) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from detectron2.utils.visualizer import Visualizer, VisImage
+from detectron2.utils.visualizer import VisImage, Visualizer
 
 # Colours that stay apart, used in turn for classes; brown and grey are lost on photographs.
 PALETTE = [color for i, color in enumerate(plt.get_cmap("tab10").colors) if i not in (5, 7)]

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from detectron2.data.datasets import load_coco_json
 from pycocotools.coco import COCO
+
+from detectron2.data.datasets import load_coco_json
 
 from avdet2.modeling.frozen import load_localizer
 

@@ -10,6 +10,7 @@ listed in `failures.json` and tried again by the next run. Then set DATASETS.PRE
 import argparse
 import json
 import os
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -74,17 +75,32 @@ def write_failures(path: Path, failures: list[dict[str, Any]]) -> None:
     )
 
 
-def main() -> None:
+def warn_of_outdated(outdated: list[tuple[str, Path]]) -> None:
+    """
+    Say which videos are newer than what was made of them: finished shards are never rewritten.
+    """
+    if outdated:
+        shards = sorted({shard.stem for _, shard in outdated})
+        print(
+            f"{len(outdated)} videos were changed after they were prepared, the first of them "
+            f"{outdated[0][0]}. What was made of them stays; to make it anew, delete "
+            f"{', '.join(name + '.*' for name in shards[:20])}"
+            f"{' ...' if len(shards) > 20 else ''} and run this again",
+            file=sys.stderr,
+        )
+
+
+def main(args: argparse.Namespace) -> None:
     """
     See the top of this file.
     """
-    args = get_parser().parse_args()
     source = args.clips or args.folder
     root = args.folder or args.root or os.path.dirname(os.path.abspath(source))
     found = scan_clips(source, args.root, args.clip_seconds, args.index)
     failures = [{"file": file, "reason": reason} for file, reason in found.skipped]
     settings = PackSettings(args.fps, args.short_side, args.quality, args.sample_rate)
     with PackedWriter(args.output, settings, root, args.shard_mb << 20) as writer:
+        warn_of_outdated(writer.present.outdated(found.clips))
         todo = [clip for clip in found.clips if clip not in writer.present]
         pack = partial(pack_or_fail, settings=settings, root=writer.root)
         results = parallel_map(pack, todo, min(args.workers, len(todo)))
@@ -103,4 +119,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = get_parser()
+    try:
+        main(parser.parse_args())
+    except ValueError as error:
+        sys.exit(f"{parser.prog}: error: {error}")

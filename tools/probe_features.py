@@ -33,6 +33,7 @@ from detectron2.utils.logger import setup_logger
 
 from avdet2.checkpoint import pixel_messages
 from avdet2.data import FrameMapper, register_av_clips
+from avdet2.data.clip_table import single_labels
 from avdet2.data.clips import training_clips
 from avdet2.engine import load_cfg, use_own_videos
 from avdet2.evaluation.inference import ReadableLoader
@@ -78,21 +79,21 @@ def labelled_clips(cfg: CfgNode, args: argparse.Namespace) -> tuple[list[dict], 
             seconds = cfg.DATASETS.CLIP_SECONDS
             register_av_clips(names[-1], args.test_clips, clip_seconds=seconds)
     clips, _ = training_clips(names)
+    labels = single_labels(clips)
     if args.labels == "self":
         votes = frozen_votes(cfg, clips)
-        labels = dict(zip(votes.sample_ids.tolist(), votes.clusters.tolist()))
-        clips = [{**x, "label": labels[i]} for i, x in enumerate(clips) if i in labels]
-    else:
-        clips = [clip for clip in clips if "label" in clip]
-    if not clips:
+        labels = np.full(len(clips), -1)
+        labels[votes.sample_ids] = votes.clusters
+    places = np.flatnonzero(labels >= 0)
+    if not len(places):
         raise ValueError(
             f"no clip of {names} has a label: give a clip list with labels (DATASETS.VIDEOS), or "
             "--labels self and MODEL.SELF_BOX.LOCALIZER_CONFIG and LOCALIZER_WEIGHTS"
         )
-    is_test = np.array([clip["sample_id"] >= first_test for clip in clips])
-    drawn = draw(np.flatnonzero(~is_test), args.max_clips)
-    kept = np.concatenate([drawn, np.flatnonzero(is_test)])
-    clips, is_test = [clips[i] for i in kept], is_test[kept]
+    drawn = draw(places[places < first_test], args.max_clips)
+    kept = np.concatenate([drawn, places[places >= first_test]])
+    clips = [{**clips[i], "label": int(labels[i])} for i in kept]
+    is_test = kept >= first_test
     if args.test_clips:
         return clips, is_test
     return clips, split_by_hash([x["file_name"] for x in clips], [x["label"] for x in clips])

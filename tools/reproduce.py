@@ -5,6 +5,7 @@ Prints a table of the paper with our measurements beside it, row for row.
 
     python tools/reproduce.py --table 1                          from what has run
     python tools/reproduce.py --table 1 --run                    runs what is missing first
+    python tools/reproduce.py --table 1 --run --num-gpus 8       the same on 8 GPUs
     python tools/reproduce.py --table all --dataset vggsound --runs output/seed1 --runs output/seed2
     python tools/reproduce.py --table 4 --run DATASETS.PREPARED datasets/synthetic_av/prepared
 
@@ -45,6 +46,7 @@ def parse_args() -> argparse.Namespace:
         "--runs", action="append", help="folder of the runs (default: output/reproduce/DATASET)"
     )
     parser.add_argument("--run", action="store_true", help="run what is missing")
+    parser.add_argument("--num-gpus", type=int, default=1, help="that --run uses")
     parser.add_argument("--output", help="folder of the tables (default: the first of --runs)")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="or STAGE:KEY VALUE")
     return parser.parse_args()
@@ -70,21 +72,23 @@ def _is_installed(name: str) -> bool:
     return not part or hasattr(importlib.import_module(module), part)
 
 
-def run_missing(runs: Runs, tables: list[SuiteTable]) -> None:
+def run_missing(runs: Runs, tables: list[SuiteTable], num_gpus: int) -> None:
     """
     Train the stages that the tables need, then evaluate them; stop at the first failure.
     """
+    processes = ["--num-gpus", str(num_gpus)]
     evaluations = {e.folder: e for table in tables for e in runs.evaluations(table)}.values()
     names = list(dict.fromkeys(evaluation.stage.name for evaluation in evaluations))
     if not all(runs.stages[name].is_done() for name in names):
         pipeline = os.path.join(TOOLS, "run_pipeline.py")
-        words = [sys.executable, pipeline, "--config-file", runs.config]
+        words = [sys.executable, pipeline, *processes, "--config-file", runs.config]
         _call([*words, *runs.opts, "PIPELINE.ONLY", str(tuple(names))])
     for evaluation in evaluations:
         if not evaluation.is_done():
             logger.info(f"evaluating {evaluation.stage.name} ({' '.join(evaluation.opts)})")
-            for command in evaluation.commands(TOOLS):
-                _call(command)
+            for python, tool, *words in evaluation.commands(TOOLS):
+                is_train_net = os.path.basename(tool) == "train_net.py"
+                _call([python, tool, *(processes if is_train_net else []), *words])
 
 
 def _call(command: list[str]) -> None:
@@ -127,7 +131,7 @@ def main() -> None:
         for table in tables.values():
             run.check_unchanged(table)
         if args.run:
-            run_missing(run, to_run)
+            run_missing(run, to_run, args.num_gpus)
         tell_missing(run, to_run)
     output = args.output or folders[0]
     os.makedirs(output, exist_ok=True)

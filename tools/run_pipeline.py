@@ -15,6 +15,14 @@ The detector's warm-up starts from the last SimCLR stage before it, as in the th
 its MODEL.SELF_BOX.INIT_BACKBONE is True (from the localizer's visual encoder) or it has weights of
 its own.
 
+On several GPUs or machines it is started as tools/train_net.py is, on all of which OUTPUT_DIR is
+the same folder. Each stage has a port of its own: the numbers after that of --dist-url, or of
+torchrun's MASTER_PORT, are free too.
+
+    python tools/run_pipeline.py --num-gpus 8 --config-file ...
+    torchrun --nproc-per-node 8 tools/run_pipeline.py --config-file ...
+    srun --ntasks-per-node 8 --kill-on-bad-exit python tools/run_pipeline.py --config-file ...
+
 MODEL.LOCALIZER.NUM_CLUSTERS is the one place for the number of clusters: a detector on self-labels
 has as many classes.
 """
@@ -28,12 +36,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import IO
 
 from detectron2.engine import default_argument_parser
 from detectron2.utils.logger import setup_logger
 
 from avdet2.config_file import load_cfg
+from avdet2.engine.environment import given_processes, meeting_point, stage_environment
 from avdet2.engine.pipeline import Stage, make_stages, needed, split_opts
 from avdet2.evaluation.build import results_file
 from avdet2.evaluation.table import results_table
@@ -49,7 +59,7 @@ def lock_folder(folder: str, rank: int = 0, seconds: float = 10.0) -> IO[str]:
 
     Args:
         folder: the pipeline's OUTPUT_DIR.
-        rank: of this machine.
+        rank: of this process, or machine.
         seconds: to wait, as data loaders end a little after the stage that they belong to.
 
     Raises:
@@ -75,19 +85,35 @@ def lock_folder(folder: str, rank: int = 0, seconds: float = 10.0) -> IO[str]:
             return stream
 
 
-def run_stages(stages: list[Stage], args: argparse.Namespace, lock: IO[str]) -> None:
+def run_stages(
+    stages: list[Stage],
+    args: argparse.Namespace,
+    lock: IO[str],
+    processes: Mapping[str, str] | None = None,
+) -> None:
     """
     Run what is not done yet; stop at the first failure with its exit code.
+
+    Args:
+        stages: in order.
+        args: of Detectron2's argument parser.
+        lock: of :func:`lock_folder`.
+        processes: of :func:`given_processes`: this process runs its part of each stage.
     """
     for i, stage in enumerate(stages):
         title = f"stage {i + 1} of {len(stages)}: {stage.name}"
+        # All processes decide alike: a stage's files change only after all have joined for it.
         if stage.is_done():
             logger.info(f"{title} is done ({stage.folder})")
             continue
         logger.info(f"{title} starts ({stage.config_file} -> {stage.folder})")
         start = time.perf_counter()
         # The stage holds the lock too. It is killed if anything is raised here.
-        code = subprocess.call(stage.command(TRAIN_NET, args), pass_fds=[lock.fileno()])
+        code = subprocess.call(
+            stage.command(TRAIN_NET, args),
+            pass_fds=[lock.fileno()],
+            env=stage_environment(processes or {}, i),
+        )
         if code:
             logger.error(f"{title} failed: see above, and {stage.folder}/log.txt")
             sys.exit(code if code > 0 else 128 - code)
@@ -124,19 +150,27 @@ def write_table(stages: list[Stage], output_dir: str) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """
-    Run all stages and print the table.
+    Run all stages and, on one process, print the table.
     """
+    processes = given_processes(args)
+    if not processes:
+        # Before a stage shifts the port.
+        meeting_point(args)
+    rank = int(processes.get("RANK", args.machine_rank))
     cfg = load_cfg(args.config_file, split_opts(args.opts)[0])
     output_dir = cfg.OUTPUT_DIR
     os.makedirs(output_dir, exist_ok=True)
-    setup_logger(os.path.join(output_dir, "pipeline.txt"), name="avdet2", abbrev_name="av")
+    log = os.path.join(output_dir, "pipeline.txt")
+    setup_logger(log, distributed_rank=rank, name="avdet2", abbrev_name="av")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    lock = lock_folder(output_dir, args.machine_rank)
+    lock = lock_folder(output_dir, rank)
     stages = needed(make_stages(args.config_file, args.opts), cfg.PIPELINE.ONLY)
     for stage in stages:
         stage.check_unchanged()
-    run_stages(stages, args, lock)
+    run_stages(stages, args, lock, processes)
+    if rank > 0:
+        return
     table = write_table(stages, output_dir)
     if table:
         print(f"\n{table}\n* class-agnostic; written to {output_dir}/table.md")

@@ -10,22 +10,35 @@ self-boxes, or any Detectron2 model.
     python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
 
 Flags are Detectron2's; everything else is a config key, given as KEY VALUE at the end.
+
+Several processes, one for each GPU (or, with MODEL.DEVICE cpu, each with its share of the cores),
+are started by a flag, on each of two machines (RANK is 0, and 1), by torchrun, or by SLURM:
+
+    python tools/train_net.py --num-gpus 8 --config-file ...
+    python tools/train_net.py --num-gpus 8 --num-machines 2 --machine-rank RANK \\
+        --dist-url tcp://FIRST_MACHINE:29500 --config-file ...
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file ...
+    srun --ntasks-per-node 8 --kill-on-bad-exit python tools/train_net.py --config-file ...
+
+OUTPUT_DIR is then a folder that all of them see. A process that waits for another one longer than
+DISTRIBUTED.TIMEOUT seconds ends the run.
 """
 
 import argparse
 import os
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from avdet2.engine import AVTrainer, setup
+from avdet2.engine.launch import launch
 
 
 def main(args: argparse.Namespace) -> dict | None:
     """
-    Train, or evaluate with ``--eval-only``, on one process.
+    Train, or evaluate with ``--eval-only``, in one of the run's processes.
     """
     cfg = setup(args)
     if args.eval_only:
@@ -53,12 +66,4 @@ def is_final(trainer: AVTrainer) -> bool:
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, default_argument_parser().parse_args())

@@ -13,7 +13,7 @@ a test set, detections are drawn on frames of training clips.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -70,7 +70,9 @@ def class_names(stage: Path, cfg, num_clusters: int) -> list[str]:
     return list(names)
 
 
-def readable(clips: list[dict], mapper: AVMapper, count: int) -> Iterator[tuple[dict, np.ndarray]]:
+def readable(
+    clips: Sequence[dict], mapper: AVMapper, count: int
+) -> Iterator[tuple[dict, np.ndarray]]:
     """
     Clips at equal steps, with their middle frames (H, W, 3) RGB; bad ones are left out.
     """

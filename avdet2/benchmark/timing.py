@@ -3,13 +3,23 @@
 Honest timing: candidates take turns, and ratios are those of neighbours in time.
 """
 
+import gc
+import logging
+import os
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+
+__all__ = ["Comparison", "Report", "Timing", "alternate", "cpu_seconds"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,7 @@ class Timing:
 
     Attributes:
         wall: elapsed.
-        cpu: of all threads of this process.
+        cpu: of all threads of this process and of its child processes.
     """
 
     wall: tuple[float, ...]
@@ -42,7 +52,7 @@ class Comparison:
     Attributes:
         what, baseline: names of both.
         timing, baseline_timing: of the same rounds.
-        at_least: the ratio of CPU times that is asked for; None where nothing is.
+        at_least: the ratio that is asked for; None where nothing is.
         same: what the two results have in common, for instance "equal boxes"; "" where nothing is
             claimed.
         clock: "cpu" or "wall", which of the two the ratio compares.
@@ -62,7 +72,16 @@ class Comparison:
         How many times as long the baseline takes: the median over rounds of the rounds' ratios.
         """
         own, other = getattr(self.timing, self.clock), getattr(self.baseline_timing, self.clock)
-        return statistics.median(b / a for a, b in zip(own, other, strict=True))
+        # A clock may stand still during very short work.
+        pairs = zip(own, other, strict=True)
+        return statistics.median(b / max(a, 1e-9) for a, b in pairs)
+
+    @property
+    def is_met(self) -> bool:
+        """
+        Whether the ratio is as high as it is asked to be.
+        """
+        return self.at_least is None or self.ratio >= self.at_least
 
 
 @dataclass
@@ -76,6 +95,7 @@ class Report:
         comparisons: the ratios.
         values: other numbers, by name with its unit ("pairs/s").
         notes: what a reader must know.
+        asked: for some of `values` the least and the most that is asked for; None where open.
     """
 
     task: str
@@ -83,6 +103,23 @@ class Report:
     comparisons: list[Comparison] = field(default_factory=list)
     values: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    asked: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+
+    def is_value_met(self, name: str) -> bool:
+        """
+        Whether a value is within what is asked of it; NaN never is.
+        """
+        least, most = self.asked.get(name, (None, None))
+        value = self.values[name]
+        return (least is None or value >= least) and (most is None or value <= most)
+
+    @property
+    def missed(self) -> list[str]:
+        """
+        Names of the comparisons and values that are not as asked.
+        """
+        comparisons = [comparison.what for comparison in self.comparisons if not comparison.is_met]
+        return comparisons + [name for name in self.asked if not self.is_value_met(name)]
 
 
 def alternate(
@@ -92,27 +129,104 @@ def alternate(
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """
-    Time functions in turns, after one call of each that does not count.
+    Time functions in turns, after one call of each that does not count. Every other round goes
+    through them backwards, so that none always comes after the same other one.
+
+    The time of child processes counts, too, whether they have ended or not: a function that uses a
+    DataLoader with workers should make it itself, and drop it before it returns, or its workers run
+    on during the turn of the next.
 
     Args:
         candidates: functions by name.
         rounds: how often each is timed.
         items: what one call works through; times are divided by it.
         device: a GPU is waited for before the clock is read.
+
+    Raises:
+        ValueError: `rounds` or `items` below 1.
+    """
+    if rounds < 1 or items < 1:
+        raise ValueError(f"rounds and items must be at least 1, but are {rounds} and {items}.")
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+    # Only shown in a terminal.
+    progress = tqdm(total=(rounds + 1) * len(found), unit="turn", leave=False, disable=None)
+    # Garbage collections look at what the candidates make only, and not at all that is loaded.
+    gc.collect()
+    gc.freeze()
+    try:
+        for i in range(rounds + 1):
+            for name in list(candidates)[:: -1 if i % 2 else 1]:
+                progress.set_description(name)
+                wall, cpu = (seconds / items for seconds in _spent(candidates[name], device))
+                if i:
+                    found[name].append((wall, cpu))
+                    times = f"{1000 * wall:.4g} ms, CPU {1000 * cpu:.4g} ms"
+                    logger.info(f"round {i} of {rounds}, {name}: {times}")
+                progress.update()
+    finally:
+        gc.unfreeze()
+        progress.close()
+    return {name: Timing(*map(tuple, zip(*spent))) for name, spent in found.items()}
+
+
+def _spent(function: Callable[[], Any], device: torch.device | str) -> tuple[float, float]:
+    """
+    Seconds of wall and CPU that a call takes.
     """
 
     def wait() -> None:
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
 
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
-    for i in range(rounds + 1):
-        for name, function in candidates.items():
-            wait()
-            wall, cpu = time.perf_counter(), time.process_time()
-            function()
-            wait()
-            if i:
-                spent = time.perf_counter() - wall, time.process_time() - cpu
-                found[name].append((spent[0] / items, spent[1] / items))
-    return {name: Timing(*map(tuple, zip(*spent))) for name, spent in found.items()}
+    # What others left behind is not to be cleared up within this one's time.
+    gc.collect()
+    wait()
+    children = _children_seconds()
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    wait()
+    # To look at the children takes time itself: it comes before the start and after the end.
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall, cpu + max(0.0, _children_seconds() - children)
+
+
+def cpu_seconds() -> float:
+    """
+    Seconds of CPU, user and system, of this process's threads and of its children so far.
+    """
+    return time.process_time() + _children_seconds()
+
+
+def _children_seconds() -> float:
+    """
+    Seconds of CPU of child processes, ended or running, and of what runs below them.
+    """
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    running = sum(map(_process_seconds, _descendants(os.getpid())))
+    return ended.ru_utime + ended.ru_stime + running
+
+
+def _descendants(pid: int) -> list[int]:
+    """
+    Ids of the processes below one; none where the system does not tell (it is Linux that does).
+    """
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += [int(word) for word in task.read_text().split()]
+        except OSError:
+            # The thread has ended.
+            continue
+    return found + [below for child in found for below in _descendants(child)]
+
+
+def _process_seconds(pid: int) -> float:
+    """
+    Seconds of CPU of a running process; 0 where it has gone.
+    """
+    try:
+        # The id of another process's CPU clock, as clock_getcpuclockid(3) makes it: it counts
+        # nanoseconds, where /proc has hundredths of a second.
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError:
+        return 0.0

@@ -78,8 +78,8 @@ class ClipSampler:
             clip: dict of a registered clip.
 
         Returns:
-            tuple: frame (H, W, 3) uint8 RGB and sound (T,) float32; None for a bad clip, in
-            training.
+            tuple: frame (H, W, 3) uint8 RGB and the reader's sound (T,), float32 or int16; None for
+            a bad clip, in training.
 
         Raises:
             MediaError: a bad clip, not in training.
@@ -149,7 +149,7 @@ class AVMapper:
     def from_config(cls, cfg, crop: str = "random"):
         node = cfg.INPUT.AV
         reader = ClipReader(
-            cfg.DATASETS.PREPARED, duration=node.AUDIO_SECONDS, sample_rate=node.SAMPLE_RATE
+            cfg.DATASETS.PREPARED, node.AUDIO_SECONDS, node.SAMPLE_RATE, integer=True
         )
         return {
             "crop": crop,
@@ -193,8 +193,8 @@ class AVMapper:
 
     def read(self, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray] | None:
         """
-        The frame (H, W, 3) uint8 RGB as it is in the file, and the sound (T,) float32; None for a
-        clip that cannot be read, with random crops.
+        The frame (H, W, 3) uint8 RGB as it is in the file, and the sound (T,), float32 in [-1, 1]
+        or int16; None for a clip that cannot be read, with random crops.
 
         Raises:
             MediaError: see :meth:`__call__`.

@@ -18,7 +18,7 @@ import logging
 import mmap
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 
 from avdet2.data.video import MIN_SOUND, MediaError, read_sample
-from avdet2.data.waveform import audio_to_float
+from avdet2.data.waveform import audio_to_float, audio_to_int16
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,21 @@ class PackedClips:
     def __contains__(self, clip: Mapping[str, Any]) -> bool:
         return self._find(clip) is not None
 
+    def outdated(self, clips: Iterable[Mapping[str, Any]]) -> list[tuple[str, Path]]:
+        """
+        Which clips' videos were changed, or put there, after the clips were prepared, by the files'
+        times: the videos, each with the shard that may hold something else.
+        """
+        found: dict[tuple[str, Path], None] = {}
+        prepared = [shard.stat().st_mtime for shard in self.shards]
+        for clip in clips:
+            where = self._find(clip)
+            if where is not None and os.path.exists(clip["file_name"]):
+                shard = int(self._shard_of[where])
+                if os.stat(clip["file_name"]).st_mtime > prepared[shard]:
+                    found[clip["file_name"], self.shards[shard]] = None
+        return list(found)
+
     def read(
         self, clip: Mapping[str, Any], seconds: float, duration: float = 1.0
     ) -> tuple[np.ndarray, np.ndarray, float]:
@@ -131,6 +146,22 @@ class PackedClips:
         where = self._find(clip)
         if where is None:
             raise KeyError(f"{clip['file_name']} at {clip['start']} s is not in {self.folder}")
+        image, sound, time = self._read(where, clip, seconds, duration)
+        return image, audio_to_float(sound), time
+
+    def read_stored(
+        self, clip: Mapping[str, Any], seconds: float, duration: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray, float] | None:
+        """
+        As :meth:`read`, but the sound stays int16, as it is stored; None where the clip is not in
+        it.
+        """
+        where = self._find(clip)
+        return None if where is None else self._read(where, clip, seconds, duration)
+
+    def _read(
+        self, where: int, clip: Mapping[str, Any], seconds: float, duration: float
+    ) -> tuple[np.ndarray, np.ndarray, float]:
         entry = self._clips[where]
         pictures, sound = self._mapped(int(self._shard_of[where]))
         rate, at, frames = self.settings.sample_rate, int(entry["at"]), int(entry["frames"])
@@ -142,9 +173,10 @@ class PackedClips:
         begin = at + int(frame["at"])
         jpeg = pictures[begin : begin + int(frame["size"])]
         self._check(jpeg, frame["crc"], clip)
-        image = cv2.cvtColor(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-        time = float(frame["time"])
+        image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)
+        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
         crcs = head[frames * FRAME.itemsize :].view("<u4")
+        time = float(frame["time"])
         return image, self._window(clip, entry, sound, crcs, time, duration), time
 
     def _window(
@@ -159,15 +191,17 @@ class PackedClips:
         rate, samples = self.settings.sample_rate, int(entry["samples"])
         length = round(duration * rate)
         begin = round((time - duration / 2) * rate) - int(entry["sound_start"])
-        held = min(begin + length, entry["sound_last"]) - max(begin, entry["sound_first"])
+        # As Python's numbers: unsigned ones have no room for a negative difference.
+        first, last = int(entry["sound_first"]), int(entry["sound_last"])
+        held = min(begin + length, last) - max(begin, first)
         if held < MIN_SOUND * length:
             raise MediaError(clip["file_name"], "no sound at that time")
         stored = sound[int(entry["sound_at"]) :][:samples]
         first, last = max(begin, 0), min(begin + length, samples)
         for i in range(first // rate, -(-last // rate)):
             self._check(stored[i * rate : (i + 1) * rate], crcs[i], clip)
-        waveform = np.zeros(length, np.float32)
-        waveform[first - begin : last - begin] = audio_to_float(stored[first:last])
+        waveform = np.zeros(length, np.int16)
+        waveform[first - begin : last - begin] = stored[first:last]
         return waveform
 
     def _check(self, data: np.ndarray, crc: int, clip: Mapping[str, Any]) -> None:
@@ -215,15 +249,22 @@ class ClipReader:
     the original file. For mappers; nothing stays open that a fork would share.
     """
 
-    def __init__(self, prepared: str = "", duration: float = 1.0, sample_rate: int = 24000):
+    def __init__(
+        self,
+        prepared: str = "",
+        duration: float = 1.0,
+        sample_rate: int = 24000,
+        integer: bool = False,
+    ):
         """
         Args:
             prepared: folder that tools/prepare_clips.py wrote, or empty.
             duration: length of the sound in seconds.
             sample_rate: of the sound, in Hz.
+            integer: sound as int16, which saves the way to float32 and back.
         """
         self.packed = PackedClips(prepared) if prepared else None
-        self.duration, self.sample_rate = duration, sample_rate
+        self.duration, self.sample_rate, self.integer = duration, sample_rate, integer
         self._told = False
         if self.packed and self.packed.settings.sample_rate != sample_rate:
             raise ValueError(
@@ -239,19 +280,22 @@ class ClipReader:
 
         Returns:
             The frame (H, W, 3), uint8 RGB, and the sound centred on it (duration * sample_rate,),
-            float32 in [-1, 1]. A prepared frame is the stored one nearest to `seconds`, in the
-            stored size.
+            float32 in [-1, 1], or int16. A prepared frame is the stored one nearest to `seconds`,
+            in the stored size.
 
         Raises:
             MediaError: where the clip cannot be read.
         """
         if self.packed is not None:
-            if clip in self.packed:
-                return self.packed.read(clip, seconds, self.duration)[:2]
+            stored = self.packed.read_stored(clip, seconds, self.duration)
+            if stored is not None:
+                frame, sound, _ = stored
+                return frame, sound if self.integer else audio_to_float(sound)
             if not self._told:
                 self._told = True
                 logger.warning(
                     f"{self.packed.folder} does not hold {clip['file_name']} from "
                     f"{clip['start']} s: such clips are read from their original files"
                 )
-        return read_sample(clip["file_name"], seconds, self.duration, self.sample_rate)
+        frame, sound = read_sample(clip["file_name"], seconds, self.duration, self.sample_rate)
+        return frame, audio_to_int16(sound) if self.integer else sound

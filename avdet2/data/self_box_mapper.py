@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-A clip's dict to a training image with self-boxes, made on the fly by the frozen localizer.
+A clip's dict to a training image with self-boxes of the frozen localizer.
 """
 
 import numpy as np
@@ -9,17 +9,11 @@ import torch
 from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 
-from avdet2.data.av_mapper import (
-    MAX_FAILURES_IN_A_ROW,
-    ClipSampler,
-    limit_threads,
-    to_image_tensor,
-)
-from avdet2.data.packed import ClipReader
-from avdet2.data.video import audio_to_int16
-from avdet2.data.windows import Window, random_window
+from avdet2.data.av_mapper import MAX_FAILURES_IN_A_ROW, limit_threads, to_image_tensor
+from avdet2.data.heatmap_cache import HeatmapCache
+from avdet2.data.window_maps import CachedMaps, LocalizerMaps, MapSource
 from avdet2.modeling.frozen import load_localizer
-from avdet2.modeling.meta_arch.av_localizer import AVLocalizer, self_boxes
+from avdet2.modeling.meta_arch.av_localizer import self_boxes
 
 
 class SelfBoxMapper:
@@ -27,8 +21,9 @@ class SelfBoxMapper:
     Makes the stock {"image", "instances"} of a clip (Sec. 3.2 and 4.3).
 
     One random square window is seen at two resolutions: by the localizer, which makes a box of it,
-    and by the detector, cut from the original frame. The localizer is loaded on the first call,
-    that is, in the worker process, onto the CPU.
+    and by the detector, cut from the original frame. The localizer is loaded when it is first
+    needed, that is, in the worker process, onto the CPU. With a cache of heatmaps it usually is not
+    needed.
     """
 
     @configurable
@@ -45,6 +40,7 @@ class SelfBoxMapper:
         multi: bool,
         labels: str,
         num_classes: int,
+        heatmaps: str = "",
     ) -> None:
         """
         Args:
@@ -57,6 +53,7 @@ class SelfBoxMapper:
             multi: all components of a heatmap in place of the largest.
             labels: "none" (class 0), "self" (eq. 6) or "video" (the clip's label).
             num_classes: of the detector.
+            heatmaps: folder of the localizer's heatmaps of the prepared frames, or "".
         """
         if labels not in ("none", "self", "video"):
             raise ValueError(f"MODEL.SELF_BOX.LABELS must be none, self or video, not {labels!r}")
@@ -67,12 +64,21 @@ class SelfBoxMapper:
             )
         if not 0 <= beta[0] <= beta[1] < 1:
             raise ValueError(f"MODEL.SELF_BOX.BETA must be a range within [0, 1), not {beta}")
+        if heatmaps and not prepared:
+            raise ValueError(
+                f"MODEL.SELF_BOX.HEATMAPS {heatmaps} holds heatmaps of prepared frames: set "
+                "DATASETS.PREPARED to the folder that they were made from"
+            )
         self.localizer_config, self.localizer_weights = localizer_config, localizer_weights
         self.prepared, self.image_size, self.image_format = prepared, image_size, image_format
         self.flip, self.beta, self.multi = flip, tuple(beta), multi
         self.labels, self.num_classes = labels, num_classes
-        self.localizer = None
         self.empty_in_a_row = 0
+        self.source: MapSource | None = None
+        if heatmaps:
+            # Here and not in the workers, which then share its tables.
+            cache = HeatmapCache(heatmaps, prepared, localizer_weights)
+            self.source = self._checked(CachedMaps(cache, self._on_the_fly, flip))
 
     @classmethod
     def from_config(cls, cfg):
@@ -88,6 +94,7 @@ class SelfBoxMapper:
             "multi": node.MULTI,
             "labels": node.LABELS,
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "heatmaps": node.HEATMAPS,
         }
 
     def __call__(self, dataset_dict: dict) -> dict | None:
@@ -100,77 +107,54 @@ class SelfBoxMapper:
             input's entries; None for a clip that cannot be read or has no self-box.
         """
         limit_threads()
-        if self.localizer is None:
-            self._load()
-        sample = self.sampler(dataset_dict)
-        if sample is None:
+        if self.source is None:
+            self.source = self._on_the_fly()
+        found = self.source.window_map(dataset_dict)
+        if found is None:
             return None
-        frame, waveform = sample
-        window = random_window(*frame.shape[:2], self.window_fraction, self.flip)
-        boxes, cluster = self._self_boxes(frame, window, waveform)
+        boxes = self._self_boxes(found.heatmap)
         if not len(boxes):
             self._count_empty()
             return None
         self.empty_in_a_row = 0
         instances = Instances((self.image_size, self.image_size))
         instances.gt_boxes = Boxes(boxes)
-        label = self._label(dataset_dict, cluster)
+        label = self._label(dataset_dict, found.cluster)
         instances.gt_classes = torch.full((len(boxes),), label, dtype=torch.long)
         return {
             **dataset_dict,
             "height": self.image_size,
             "width": self.image_size,
             "image": to_image_tensor(
-                frame, window.transforms(self.image_size), self.image_format
+                found.frame, found.window.transforms(self.image_size), self.image_format
             ),
             "instances": instances,
         }
 
-    def _load(self) -> None:
+    def _on_the_fly(self) -> MapSource:
         localizer, cfg = load_localizer(self.localizer_config, self.localizer_weights)
-        self._check_labels(localizer)
-        node = cfg.INPUT.AV
-        self.crop_size, self.localizer_format = node.CROP_SIZE, cfg.INPUT.FORMAT
-        self.window_fraction = node.CROP_SIZE / node.FRAME_SIZE
-        reader = ClipReader(
-            self.prepared, duration=node.AUDIO_SECONDS, sample_rate=node.SAMPLE_RATE
-        )
-        self.sampler = ClipSampler(reader, node.AUDIO_SECONDS, training=True)
-        # Last, as it says that all the others are there.
-        self.localizer = localizer
+        return self._checked(LocalizerMaps(localizer, cfg, self.prepared, self.flip))
 
-    def _check_labels(self, localizer: AVLocalizer) -> None:
-        if self.labels != "self":
-            return
-        if not localizer.has_clusters:
+    def _checked(self, source: MapSource) -> MapSource:
+        if self.labels == "self" and not source.num_clusters:
             raise ValueError(
                 "MODEL.SELF_BOX.LABELS is self, but the localizer has no clustering heads (its "
                 "LAMBDA is 1): use the joint stage's, or LABELS none"
             )
-        if localizer.num_clusters != self.num_classes:
+        if self.labels == "self" and source.num_clusters != self.num_classes:
             raise ValueError(
                 f"MODEL.ROI_HEADS.NUM_CLASSES is {self.num_classes}, but the localizer has "
-                f"{localizer.num_clusters} clusters"
+                f"{source.num_clusters} clusters"
             )
+        return source
 
-    @torch.no_grad()
-    def _self_boxes(
-        self, frame: np.ndarray, window: Window, waveform: np.ndarray
-    ) -> tuple[torch.Tensor, int]:
+    def _self_boxes(self, heatmap: np.ndarray) -> torch.Tensor:
         """
-        Boxes in pixels of the detector's image, and the cluster of the pair.
+        Boxes (n, 4) in pixels of the detector's image.
         """
-        transform = window.transforms(self.crop_size)
-        image = to_image_tensor(frame, transform, self.localizer_format)
-        sound = torch.from_numpy(audio_to_int16(waveform))
-        pair = {"image": image, "waveform": sound}
-        maps, features = self.localizer.localize([pair])
-        size, beta = (self.crop_size, self.crop_size), np.random.uniform(*self.beta)
-        boxes, _ = self_boxes(maps[0], size, beta, self.multi)
-        cluster = 0
-        if self.labels == "self":
-            cluster = int((features.logits_v[0] + features.logits_a[0]).argmax())
-        return boxes * (self.image_size / self.crop_size), cluster
+        side, beta = self.source.crop_size, np.random.uniform(*self.beta)
+        boxes, _ = self_boxes(torch.from_numpy(heatmap), (side, side), beta, self.multi)
+        return boxes * (self.image_size / side)
 
     def _count_empty(self) -> None:
         # The stock MapDataset draws another clip as often as it gets None, for ever.
@@ -181,8 +165,10 @@ class SelfBoxMapper:
                 f"heatmaps are flat or not finite; look at the training of {self.localizer_weights}"
             )
 
-    def _label(self, dataset_dict: dict, cluster: int) -> int:
-        if self.labels != "video":
+    def _label(self, dataset_dict: dict, cluster: int | None) -> int:
+        if self.labels == "none":
+            return 0
+        if self.labels == "self":
             return cluster
         if "labels" in dataset_dict:
             raise ValueError(

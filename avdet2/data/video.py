@@ -1,6 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-A frame and the sound around it, from a media file and a time. The only file that knows PyAV.
+A frame and the sound around it, from a media file and a time. Only this file and sound_frames.py,
+which is part of it, read media with PyAV.
 
 All times are seconds from the start of the file, as a player shows them: one origin, the start time
 of the container, serves pictures and sound, so both stay together where the streams start apart. A
@@ -19,8 +20,9 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+from avdet2.data.sound_frames import mono_pieces, resample
 from avdet2.data.waveform import audio_to_int16  # noqa: F401
-from avdet2.data.waveform import common_start, join_pieces, mean_of_channels
+from avdet2.data.waveform import common_start, join_pieces
 
 # Decoders need packets to become exact (AAC: 2, MP3: up to 9), the resampler some milliseconds.
 PREROLL, POSTROLL = 0.25, 0.05
@@ -215,7 +217,7 @@ class MediaFile:
         start, new_start = common_start(begin - PREROLL, rate, sample_rate)
         count = math.ceil((end + POSTROLL) * rate) - start
         native, first, last = join_pieces(pieces, rate, start, count)
-        resampled = _resample(native, rate, sample_rate)[offset - new_start :][:length]
+        resampled = resample(native, rate, sample_rate)[offset - new_start :][:length]
         waveform[: len(resampled)] = np.clip(resampled, -1.0, 1.0)
         if not np.isfinite(waveform).all():
             raise MediaError(self.path, "sound cannot be decoded", "NaN in the samples")
@@ -325,9 +327,11 @@ class MediaFile:
     def _select_exact(self, packets: list[Any], targets: list[int]) -> Iterator[av.VideoFrame]:
         context, wanted, done = self.video.codec_context, set(targets), 0
         last = max(i for i, packet in enumerate(packets) if packet.pts in wanted)
+        skip = None
         for packet in (*packets[: last + 1], None):
-            if packet is not None:
-                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            needed = "DEFAULT" if packet is None or packet.pts in wanted else "NONREF"
+            if needed != skip:
+                context.skip_frame = skip = needed
             for frame in context.decode(packet):
                 while done < len(targets) and frame.pts == targets[done]:
                     yield frame
@@ -364,18 +368,15 @@ class MediaFile:
         rates = {frame.sample_rate for frame in frames}
         if len(rates) > 1:
             raise MediaError(self.path, "the sample rate changes within the sound")
-        pieces, expected = [], begin
+        rate = rates.pop() if rates else 0
+        places, expected = [], begin
         for frame in frames:
-            samples = frame.to_ndarray()
-            if not frame.format.is_planar:
-                samples = samples.reshape(-1, frame.layout.nb_channels).T
-            time = self._place(frame, expected)
-            expected = time + frame.samples / frame.sample_rate
-            pieces.append((time, mean_of_channels(samples)))
-        return pieces, rates.pop() if rates else 0
+            places.append(self._place(frame, expected))
+            expected = places[-1] + frame.samples / rate
+        return list(zip(places, mono_pieces(frames), strict=True)), rate
 
     def _place(self, frame: av.AudioFrame, expected: float) -> float:
-        return expected if frame.pts is None else float(frame.pts * frame.time_base) - self.origin
+        return expected if frame.time is None else frame.time - self.origin
 
     def _sound_frames(self, begin: float, end: float) -> Iterator[av.AudioFrame]:
         context, tick = self.audio.codec_context, float(self.audio.time_base)
@@ -387,13 +388,3 @@ class MediaFile:
             yield from context.decode(packet if packet.size else None)
             if known and packet.pts > last:
                 return
-
-
-def _resample(waveform: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    if rate == new_rate:
-        return waveform
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=new_rate)
-    frame = av.AudioFrame.from_ndarray(waveform[None], format="fltp", layout="mono")
-    frame.sample_rate = rate
-    parts = resampler.resample(frame) + resampler.resample(None)
-    return np.concatenate([part.to_ndarray()[0] for part in parts])

@@ -14,7 +14,10 @@ GAP_SECONDS = 0.05
 def audio_to_int16(waveform: np.ndarray) -> np.ndarray:
     """
     Float sound in [-1, 1] as int16, the form in which it is stored and crosses process borders.
+    What is int16 already stays as it is.
     """
+    if waveform.dtype == np.int16:
+        return waveform
     return np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
 
 

@@ -5,9 +5,27 @@ One square window of a frame, at any resolution.
 
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from detectron2.data import transforms as T
+
+
+class QuickResize(T.ResizeTransform):
+    """
+    The stock resizing, but pictures are enlarged by OpenCV. Bilinear enlarging is the same in both
+    libraries but for the rounding (one level), and costs a tenth in this one. Reducing is not:
+    Pillow smooths, OpenCV would skip pixels.
+    """
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """
+        See the stock class.
+        """
+        enlarged = self.new_h >= self.h and self.new_w >= self.w
+        if interp is None and enlarged and img.dtype == np.uint8:
+            return cv2.resize(img, (self.new_w, self.new_h), interpolation=cv2.INTER_LINEAR)
+        return super().apply_image(img, interp)
 
 
 class Window(NamedTuple):
@@ -33,7 +51,7 @@ class Window(NamedTuple):
         """
         steps = [
             T.CropTransform(self.x, self.y, self.side, self.side, self.width, self.height),
-            T.ResizeTransform(self.side, self.side, size, size),
+            QuickResize(self.side, self.side, size, size),
         ]
         if self.flip:
             steps.append(T.HFlipTransform(size))

@@ -20,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 from avdet2.checkpoint import pixel_messages
 from avdet2.config_file import load_cfg
 from avdet2.data.clips import register_av_clips, training_clips
+from avdet2.engine.train_step import check_precision
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args: of Detectron2's argument parser.
 
     Raises:
-        ValueError: there is nothing to train on, or no CUDA device where one is asked for.
+        ValueError: there is nothing to train on, no CUDA device where one is asked for, or a
+            precision that the device does not train in.
     """
     cfg = load_cfg(args.config_file, args.opts)
     # Whoever reads a run's config.yaml, with another OUTPUT_DIR, uses that run's clips.
@@ -66,7 +68,10 @@ def _check(cfg: CfgNode, eval_only: bool) -> None:
             "there are no training clips: set DATASETS.VIDEOS (a folder of videos or a clip list) "
             "or DATASETS.TRAIN (registered data sets)"
         )
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(cfg.MODEL.DEVICE).type
+    if cfg.SOLVER.AMP.ENABLED and not eval_only:
+        check_precision(cfg.SOLVER.AMP.PRECISION, device)
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no CUDA device: "
             "to run without one, add MODEL.DEVICE cpu"

@@ -8,22 +8,23 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from detectron2.config import CfgNode
+from detectron2.data.samplers import InferenceSampler
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from avdet2.data.av_mapper import AVMapper
+from avdet2.data.batch import sample_ids_on
+from avdet2.data.clip_table import single_labels
 from avdet2.data.clips import training_clips
+from avdet2.engine.clip_scores import ClipScores
 from avdet2.evaluation.inference import predict_clips
 from avdet2.evaluation.self_labels import cluster_quality, eq6_agreement, label_change
+from avdet2.modeling.collectives import all_reduce, broadcast_buffers
 from avdet2.modeling.meta_arch import AVLocalizer
-from avdet2.modeling.sinkhorn import (
-    align_heads,
-    gaussian_weights,
-    match_marginals,
-    sinkhorn_labels,
-)
+from avdet2.modeling.sinkhorn import gaussian_weights, match_marginals, sinkhorn_labels
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class SelfLabelHook(HookBase):
         self._num_clusters = cfg.MODEL.LOCALIZER.NUM_CLUSTERS
         self._weights = _marginal_weights(self._node, self._num_clusters, cfg.SEED)
         self._clips, _ = training_clips(cfg.DATASETS.TRAIN)
+        # For assessment only.
+        self._truth = torch.from_numpy(single_labels(self._clips))
         self._mapper = AVMapper(cfg, "center")
 
     def state_dict(self) -> dict:
@@ -96,80 +99,75 @@ class SelfLabelHook(HookBase):
             first: there are no labels yet (SELF_LABEL.INIT applies).
         """
         start = time.perf_counter()
-        ids, logits_v, logits_a, audio = self._predict()
-        if first and self._node.ALIGN_HEADS:
-            logits_a = self._align_heads(logits_v, logits_a)
+        broadcast_buffers(self._model)
+        is_kmeans = first and self._node.INIT == "kmeans"
+        is_unaligned = first and self._node.ALIGN_HEADS
+        scores, audio = self._predict(is_unaligned, keep_audio=is_kmeans)
+        if is_unaligned:
+            self._renumber_audio_head(scores.align())
         extra = {}
-        if first and self._node.INIT == "kmeans":
+        if is_kmeans:
             local = _kmeans_labels(audio, self._num_clusters, self._cfg.SEED)
         else:
-            local, extra = self._sinkhorn(logits_v, logits_a)
-        labels = self._gather(ids, local)
+            local, extra = self._sinkhorn(scores)
+        labels = self._exchange(scores.ids, local)
         self._log(labels, extra, time.perf_counter() - start)
         self._model.labels = labels.to(self._model.device)
 
-    def _predict(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _predict(self, is_unaligned: bool, keep_audio: bool) -> tuple[ClipScores, torch.Tensor]:
         """
-        Sample ids (n,), logits g_v and g_a (n, K), and audio embeddings (n, D) of this process's
-        share of the clips; n may be 0 on some processes.
+        Scores of this process's share of the clips, and their audio embeddings (n, D), or (0, D)
+        where they are not kept.
         """
-        cfg = self._cfg
-        ids = []
-        logits_v = [torch.empty(0, self._num_clusters)]
-        logits_a = [torch.empty(0, self._num_clusters)]
+        cfg, model = self._cfg, self._model
+        share = len(InferenceSampler(len(self._clips)))
+        scores = ClipScores(share, self._num_clusters, model.device, aligned=not is_unaligned)
         audio = [torch.empty(0, cfg.MODEL.LOCALIZER.EMBED_DIM)]
         batches = predict_clips(
-            self._model,
+            model,
             self._clips,
             self._mapper,
             self._node.BATCH_SIZE,
             cfg.DATALOADER.NUM_WORKERS,
+            call=lambda batch: model.localize(batch)[1],
         )
-        for inputs, outputs in batches:
-            ids += [x["sample_id"] for x in inputs]
-            logits_v += [x["logits_v"][None].cpu() for x in outputs]
-            logits_a += [x["logits_a"][None].cpu() for x in outputs]
-            audio += [x["embed_a"][None].cpu() for x in outputs]
+        for inputs, features in batches:
+            ids = sample_ids_on(inputs, torch.device("cpu"))
+            scores.add(ids, features.logits_v, features.logits_a)
+            if keep_audio:
+                audio.append(features.audio.cpu())
         # All processes raise together: one that went on alone would wait for the others for ever.
-        if not sum(comm.all_gather(len(ids))):
+        if not sum(comm.all_gather(len(scores.ids))):
             raise ValueError("no training clip could be read for self-labelling")
-        ids = torch.tensor(ids, dtype=torch.long)
-        return ids, torch.cat(logits_v), torch.cat(logits_a), torch.cat(audio)
+        return scores, torch.cat(audio)
 
-    def _align_heads(self, logits_v: torch.Tensor, logits_a: torch.Tensor) -> torch.Tensor:
-        """
-        Renumber the audio head's clusters as the visual head numbers them; its logits after that.
-        """
-        parts_v, parts_a = zip(*comm.all_gather((logits_v, logits_a)))
-        order = align_heads(torch.cat(parts_v), torch.cat(parts_a))
+    def _renumber_audio_head(self, order: torch.Tensor) -> None:
         last = self._model.cls_a[-1]
         with torch.no_grad():
             last.weight.copy_(last.weight[order.to(last.weight.device)])
             last.bias.copy_(last.bias[order.to(last.bias.device)])
-        return logits_a[:, order]
 
-    def _sinkhorn(
-        self, logits_v: torch.Tensor, logits_a: torch.Tensor
-    ) -> tuple[torch.Tensor, dict]:
-        marginals, scores = self._weights, logits_v + logits_a
+    def _sinkhorn(self, scores: ClipScores) -> tuple[torch.Tensor, dict]:
+        marginals = self._weights
         if self._node.MARGINALS == "gaussian":
-            mass = (logits_v.double().softmax(dim=1) * logits_a.double().softmax(dim=1)).sum(dim=0)
-            marginals = match_marginals(self._weights, sum(comm.all_gather(mass)))
+            marginals = match_marginals(self._weights, scores.mass())
         result = sinkhorn_labels(
-            scores,
+            scores.values,
             marginals=marginals,
             sk_lambda=self._node.SK_LAMBDA,
             tol=self._node.TOL,
             max_iter=self._node.MAX_PASSES,
         )
-        agreement = _agreement_of_all(scores, result.labels)
+        agreement = _agreement_of_all(scores.values, result.labels)
         return result.labels, {"passes": result.passes, "eq6_agreement": agreement}
 
-    def _gather(self, ids: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-        labels = torch.full((len(self._clips),), -1, dtype=torch.long)
-        for other_ids, other_labels in comm.all_gather((ids, local.cpu())):
-            labels[other_ids] = other_labels
-        return labels
+    def _exchange(self, ids: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+        """
+        The labels of all clips, of shape (N,), from those that each process has.
+        """
+        labels = torch.full((len(self._clips),), -1, dtype=torch.int32)
+        labels[ids] = local.cpu().int()
+        return all_reduce(labels, op=dist.ReduceOp.MAX).long()
 
     def _log(self, labels: torch.Tensor, extra: dict, seconds: float) -> None:
         """
@@ -191,10 +189,9 @@ class SelfLabelHook(HookBase):
         if len(previous):
             both = read & (previous >= 0)
             values.update(label_change(previous[both], labels[both]))
-        truth = torch.tensor([clip.get("label", -1) for clip in self._clips])
-        known = read & (truth >= 0)
+        known = read & (self._truth >= 0)
         if known.any():
-            quality = cluster_quality(labels[known], truth[known], self._num_clusters)
+            quality = cluster_quality(labels[known], self._truth[known], self._num_clusters)
             values.update({f"assess_{key}": quality[key] for key in ("NMI", "hungarian_accuracy")})
         text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
         logger.info(f"self-labels before iteration {self.trainer.iter + 1}: {text}")
@@ -234,9 +231,19 @@ def _kmeans_labels(audio: torch.Tensor, num_clusters: int, seed: int) -> torch.T
     """
     from sklearn.cluster import KMeans
 
-    parts = comm.all_gather(audio)
-    kmeans = KMeans(num_clusters, n_init=10, random_state=max(seed, 0))
-    # The same input and seed on every process give the same labels.
-    labels = kmeans.fit_predict(torch.cat(parts).numpy())
-    start = sum(len(part) for part in parts[: comm.get_rank()])
-    return torch.from_numpy(labels[start : start + len(audio)].astype(np.int64))
+    facts = comm.all_gather((len(audio), bool(audio.isfinite().all())))
+    counts, finite = zip(*facts)
+    if sum(counts) < num_clusters or not all(finite):
+        raise ValueError(
+            f"K-means cannot make {num_clusters} clusters of {sum(counts)} audio embeddings"
+            + ("" if all(finite) else ", of which some are not finite")
+        )
+    # On one process: others, of another machine, might round to other clusters.
+    parts = comm.gather(audio.numpy())
+    labels = None
+    if comm.is_main_process():
+        kmeans = KMeans(num_clusters, n_init=10, random_state=max(seed, 0))
+        labels = kmeans.fit_predict(np.concatenate(parts))
+    labels = torch.from_numpy(comm.all_gather(labels)[0]).long()
+    start = sum(counts[: comm.get_rank()])
+    return labels[start : start + len(audio)]

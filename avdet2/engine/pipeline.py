@@ -61,7 +61,7 @@ class Stage:
         Raises:
             ValueError: the options do not fit together.
         """
-        self.name, self.config_file = name, config_file
+        self.name, self.config_file, self._number = name, config_file, len(before)
         self.folder = os.path.join(root, name)
         linked = links(load_cfg(config_file, shared + own), before)
         self.opts = [*shared, *linked, *own, "OUTPUT_DIR", self.folder]
@@ -164,10 +164,17 @@ class Stage:
         """
         words = [sys.executable, train_net, "--config-file", self.config_file]
         words += ["--num-gpus", str(args.num_gpus), "--num-machines", str(args.num_machines)]
-        words += ["--machine-rank", str(args.machine_rank), "--dist-url", args.dist_url]
+        words += ["--machine-rank", str(args.machine_rank), "--dist-url", self._dist_url(args)]
         trained = not self.eval_only and self.is_trained()
         words.append("--eval-only" if self.eval_only or trained else "--resume")
         return words + self.opts + ([WEIGHTS, self.weights] if trained else [])
+
+    def _dist_url(self, args: argparse.Namespace) -> str:
+        # The stage before may still run on another machine, at its own port.
+        host, colon, port = args.dist_url.rpartition(":")
+        if args.num_machines == 1 or not port.isdecimal():
+            return args.dist_url
+        return f"{host}{colon}{int(port) + self._number}"
 
     def _check_weights(self) -> None:
         weights = self.cfg.MODEL.WEIGHTS

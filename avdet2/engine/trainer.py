@@ -6,12 +6,15 @@ Detectron2's trainer with the choices that avdet2's configs make.
 import json
 import logging
 import os
+import weakref
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetMapper,
@@ -19,21 +22,25 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from avdet2.data import AVMapper, FrameMapper, SelfBoxMapper
 from avdet2.data.clips import training_clips
+from avdet2.data.loaders import batch_per_process, build_list_loader, build_pair_loader
 from avdet2.engine.defaults import resolve_epochs
 from avdet2.engine.hooks import SelfLabelHook
-from avdet2.engine.lars import LARS
+from avdet2.engine.optimizer import build_optimizer
+from avdet2.engine.train_step import TrainStep
 from avdet2.evaluation.build import build_evaluator, results_file
 from avdet2.evaluation.inference import ReadableLoader
+from avdet2.modeling.collectives import broadcast_buffers
 from avdet2.modeling.frozen import check_hand_over, holds_localizer, init_backbone
 from avdet2.modeling.meta_arch import AVLocalizer, SimCLR
+from avdet2.modeling.sync_bn import replace_sync_bn
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +54,34 @@ class AVTrainer(DefaultTrainer):
         """
         Args:
             cfg: a frozen config.
+
+        Raises:
+            ValueError: a choice in the config that is unknown, or not for this device or number of
+                processes.
         """
+        # DefaultTrainer's own is for GPUs only, and would build another step.
+        super(DefaultTrainer, self).__init__()
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        super().__init__(resolve_epochs(cfg))
+        batch_per_process(cfg)
+        cfg = resolve_epochs(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        model = data_parallel(model, torch.device(cfg.MODEL.DEVICE))
+        self._trainer = TrainStep.from_config(cfg, model, loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        # A proxy, as the checkpointer is the trainer's own.
+        owner = weakref.proxy(self)
+        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=owner)
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
+
+    def run_step(self) -> None:
+        # The last iteration may have been moved since.
+        self._trainer.max_iter = self.max_iter
+        super().run_step()
 
     def state_dict(self) -> dict:
         """
@@ -105,39 +137,32 @@ class AVTrainer(DefaultTrainer):
         return hooks
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """
+        The stock model; on CPUs its nn.SyncBatchNorm, which is for GPUs, is another one, and with
+        MODEL.LOCALIZER.COMPILE a localizer's encoders are compiled.
+        """
+        model = super().build_model(cfg)
+        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        # Also of a single process: there it asks for a GPU as soon as there is a process group.
+        if dist.is_available() and dist.is_initialized() and not on_gpu:
+            replace_sync_bn(model)
+        if isinstance(model, AVLocalizer) and cfg.MODEL.LOCALIZER.COMPILE:
+            model.compile_encoders()
+        return model
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """
-        SOLVER.OPTIMIZER on Detectron2's parameter groups; the temperature has no weight decay.
+        See :func:`avdet2.engine.optimizer.build_optimizer`.
         """
-        solver = cfg.SOLVER
-        params = get_default_optimizer_params(
-            model,
-            base_lr=solver.BASE_LR,
-            weight_decay=solver.WEIGHT_DECAY,
-            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-            bias_lr_factor=solver.BIAS_LR_FACTOR,
-            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-            overrides={"rho_scale": {"weight_decay": 0.0}},
-        )
-        momentum = {"momentum": solver.MOMENTUM}
-        choices = {
-            "SGD": (torch.optim.SGD, {**momentum, "nesterov": solver.NESTEROV}),
-            "Adam": (torch.optim.Adam, {}),
-            "AdamW": (torch.optim.AdamW, {}),
-            "LARS": (LARS, {**momentum, "eta": solver.LARS_ETA}),
-        }
-        if solver.OPTIMIZER not in choices:
-            raise ValueError(
-                f"SOLVER.OPTIMIZER must be one of {', '.join(choices)}, not {solver.OPTIMIZER!r}"
-            )
-        optimizer, options = choices[solver.OPTIMIZER]
-        return maybe_add_gradient_clipping(cfg, optimizer)(params, solver.BASE_LR, **options)
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
         """
-        The stock loader with the mapper that INPUT.MAPPER names; clips of several data sets are
-        numbered through, as the self-labels count them.
+        The loader for the mapper that INPUT.MAPPER names; clips of several data sets are numbered
+        through, as the self-labels count them.
         """
         mappers = {
             "DatasetMapper": lambda: DatasetMapper(cfg, is_train=True),
@@ -154,7 +179,8 @@ class AVTrainer(DefaultTrainer):
             return build_detection_train_loader(cfg, mapper=mapper)
         clips, _ = training_clips(cfg.DATASETS.TRAIN)
         _warn_of_copies(cfg, len(clips))
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=clips)
+        build = build_list_loader if cfg.INPUT.MAPPER == "SelfBoxMapper" else build_pair_loader
+        return build(cfg, clips, mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader | ReadableLoader:
@@ -165,7 +191,8 @@ class AVTrainer(DefaultTrainer):
             return build_detection_test_loader(cfg, dataset_name)
         images = get_detection_dataset_dicts((dataset_name,), filter_empty=False)
         mapper = AVMapper(cfg, "full")
-        return ReadableLoader(images, mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+        pinned = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        return ReadableLoader(images, mapper, 1, cfg.DATALOADER.NUM_WORKERS, pinned)
 
     @classmethod
     def test(
@@ -185,6 +212,7 @@ class AVTrainer(DefaultTrainer):
                     "tools/probe_features.py shows what its features are worth"
                 )
             return {}
+        broadcast_buffers(model)
         if evaluators is None:
             evaluators = [
                 build_evaluator(cfg, name, unwrap(model)) for name in cfg.DATASETS.TEST
@@ -210,6 +238,17 @@ def _warn_of_copies(cfg: CfgNode, num_clips: int) -> None:
             f"are negatives of each other. Set SOLVER.IMS_PER_BATCH to {num_clips} or less, or "
             "give more (shorter) clips"
         )
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """
+    The model in DistributedDataParallel where there are several processes, on GPUs or CPUs.
+    """
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    # Detectron2 0.6 would take the process's number for that of a GPU; but there may be none, or
+    # only one that this process is shown.
+    options["device_ids"] = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return create_ddp_model(model, **options)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

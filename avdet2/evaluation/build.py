@@ -5,6 +5,7 @@ The evaluator that fits a config: what its classes mean decides how they get nam
 
 import logging
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from torch import nn
@@ -14,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
+from avdet2.data.clip_table import all_labels
 from avdet2.data.clips import training_clips
 from avdet2.evaluation.baselines import BoxBaseline
 from avdet2.evaluation.cluster_matching import ClusterMatching
@@ -22,7 +24,6 @@ from avdet2.evaluation.localization_evaluator import build_localization_evaluato
 from avdet2.evaluation.plots import CURVES, LOCALIZATION, MATCHING, draw_results, read_run
 from avdet2.evaluation.votes import (
     ClusterVotes,
-    clip_labels,
     collect_votes,
     frozen_votes,
     match_votes,
@@ -132,7 +133,7 @@ def _match(
     The matching by the labels of the training clips, and the quality of the clusters.
     """
     clips, train_names = training_clips(cfg.DATASETS.TRAIN) if cfg.DATASETS.TRAIN else ([], [])
-    if not any(map(clip_labels, clips)):
+    if not len(all_labels(clips)):
         logger.warning("no training clip has a label: classes get no names")
         return None, {}
     # The names of a data set are known once it is loaded.
@@ -146,7 +147,7 @@ def _match(
     return matching, vote_quality(votes, clips, train_names)
 
 
-def _votes(cfg: CfgNode, model: nn.Module, clips: list[dict]) -> ClusterVotes:
+def _votes(cfg: CfgNode, model: nn.Module, clips: Sequence[dict]) -> ClusterVotes:
     if isinstance(model, AVLocalizer):
         return collect_votes(model, cfg, clips)
     return frozen_votes(cfg, clips)
@@ -154,7 +155,7 @@ def _votes(cfg: CfgNode, model: nn.Module, clips: list[dict]) -> ClusterVotes:
 
 def _matching_of_labels(
     cfg: CfgNode,
-    clips: list[dict],
+    clips: Sequence[dict],
     train_names: list[str],
     test_names: list[str],
     groups: dict[str, str] | None,
@@ -178,7 +179,7 @@ def _matching_of_labels(
     num_classes = max(cfg.MODEL.ROI_HEADS.NUM_CLASSES, len(train_names))
     labels = np.arange(num_classes)
     mapping = np.append(class_of, np.full(num_classes - len(train_names), -1))
-    sizes = np.bincount([x for clip in clips for x in clip_labels(clip)], minlength=num_classes)
+    sizes = np.bincount(all_labels(clips), minlength=num_classes)
     counts = np.where(mapping[:, None] == np.arange(len(test_names)), sizes[:, None], 0)
     fine = ClusterMatching(
         np.where(labels < len(train_names), labels, -1),
@@ -206,7 +207,7 @@ def _quality_if_possible(cfg: CfgNode, model: nn.Module) -> dict[str, float]:
     """
     try:
         clips, names = training_clips(cfg.DATASETS.TRAIN)
-        if not any(map(clip_labels, clips)):
+        if not len(all_labels(clips)):
             return {}
         return vote_quality(_votes(cfg, model, clips), clips, names)
     except (KeyError, OSError, ValueError) as error:

@@ -5,6 +5,7 @@ Self-boxes and self-labels as a COCO data set, for any detector framework.
 
 import json
 import os
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -47,7 +48,7 @@ def frame_name(clip: dict) -> str:
 
 
 def export_self_boxes(
-    model: AVLocalizer, cfg: CfgNode, clips: list[dict], output_dir: str
+    model: AVLocalizer, cfg: CfgNode, clips: Sequence[dict], output_dir: str
 ) -> dict | None:
     """
     Write ``annotations.json`` and ``images/`` for the middle frame of every clip.
@@ -71,7 +72,7 @@ def export_self_boxes(
         for batch in batches
         for inputs, outputs in zip(*batch)
     ]
-    gathered = [entry for part in comm.all_gather(local) for entry in part]
+    gathered = [entry for part in comm.gather(local) for entry in part]
     if not comm.is_main_process():
         return None
     coco = {

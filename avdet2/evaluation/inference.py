@@ -5,8 +5,9 @@ One pass of a localizer over many clips, or over test images with sound.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from detectron2.data import DatasetFromList
 from detectron2.data.samplers import InferenceSampler
 
+from avdet2.data.batch import Batch, PairBatch
 from avdet2.data.video import MediaError
 
 logger = logging.getLogger(__name__)
@@ -26,8 +28,10 @@ class _MappedClips(Dataset):
     would put another clip in its place.
     """
 
-    def __init__(self, clips: list[dict], mapper: Callable[[dict], dict]) -> None:
-        self.clips = DatasetFromList(clips, copy=False)
+    def __init__(self, clips: Sequence[dict], mapper: Callable[[dict], dict]) -> None:
+        # Workers would copy a list, page by page; a table of clips they share as it is.
+        is_list = isinstance(clips, list)
+        self.clips = DatasetFromList(clips, copy=False) if is_list else clips
         self.mapper = mapper
 
     def __len__(self) -> int:
@@ -38,6 +42,15 @@ class _MappedClips(Dataset):
             return self.mapper(self.clips[index])
         except MediaError as error:
             return error
+
+
+def _read_and_failed(samples: list[dict | MediaError]) -> tuple[Batch, list[MediaError]]:
+    """
+    The readable samples as a batch, which is put together in the worker, and the errors.
+    """
+    read = [sample for sample in samples if not isinstance(sample, MediaError)]
+    errors = [sample for sample in samples if isinstance(sample, MediaError)]
+    return (PairBatch(read) if read else []), errors
 
 
 class ReadableLoader:
@@ -51,34 +64,36 @@ class ReadableLoader:
 
     def __init__(
         self,
-        clips: list[dict],
+        clips: Sequence[dict],
         mapper: Callable[[dict], dict],
         batch_size: int = 1,
         num_workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         """
         Args:
             clips: dataset dicts, the same on every process.
             mapper: raises MediaError for what cannot be read: ``AVMapper(cfg, "center")`` or
                 ``AVMapper(cfg, "full")``.
-            batch_size, num_workers: of the loader.
+            batch_size, num_workers, pin_memory: of the loader.
         """
         self._loader = DataLoader(
             _MappedClips(clips, mapper),
             batch_size=batch_size,
             sampler=InferenceSampler(len(clips)),
             num_workers=num_workers,
-            collate_fn=list,
+            pin_memory=pin_memory,
+            collate_fn=_read_and_failed,
         )
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[list[dict]]:
+    def __iter__(self) -> Iterator[Batch]:
         errors = []
-        for batch in self._loader:
-            errors += [sample for sample in batch if isinstance(sample, MediaError)]
-            yield [sample for sample in batch if not isinstance(sample, MediaError)]
+        for batch, failed in self._loader:
+            errors += failed
+            yield batch
         if errors:
             counts = Counter(error.reason for error in errors).most_common()
             reasons = ", ".join(f"{count} x {reason}" for reason, count in counts)
@@ -96,11 +111,12 @@ def _warn_once(message: str) -> None:
 
 def predict_clips(
     model: nn.Module,
-    clips: list[dict],
+    clips: Sequence[dict],
     mapper: Callable[[dict], dict],
     batch_size: int,
     num_workers: int,
-) -> Iterator[tuple[list[dict], list[dict]]]:
+    call: Callable[[Batch], Any] | None = None,
+) -> Iterator[tuple[Batch, Any]]:
     """
     Run a localizer in eval mode over this process's share of the clips.
 
@@ -109,16 +125,21 @@ def predict_clips(
     Args:
         model: maps a list of mapped clips to a list of outputs.
         clips, mapper, batch_size, num_workers: see :class:`ReadableLoader`.
+        call: what of the model is to be run for a list of mapped clips; by default the model
+            itself. A localizer's makes a self-box of every clip, on the CPU, which costs time that
+            who needs only its features can save.
 
     Yields:
-        tuple: mapped clips and outputs of a batch; clips that cannot be read are left out.
+        tuple: mapped clips of a batch, and what the call returned for them; clips that cannot be
+        read are left out.
     """
-    was_training = model.training
+    call, was_training = call or model, model.training
+    pin_memory = any(weight.is_cuda for weight in model.parameters())
     model.eval()
     try:
         with torch.no_grad():
-            for batch in ReadableLoader(clips, mapper, batch_size, num_workers):
+            for batch in ReadableLoader(clips, mapper, batch_size, num_workers, pin_memory):
                 if batch:
-                    yield batch, model(batch)
+                    yield batch, call(batch)
     finally:
         model.train(was_training)

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from avdet2.data.av_mapper import AVMapper
+from avdet2.data.clip_table import single_labels
 from avdet2.evaluation.cluster_matching import ClusterMatching, match_clusters
 from avdet2.evaluation.inference import predict_clips
 from avdet2.evaluation.label_spaces import LabelSpace, label_space, read_groups
@@ -59,7 +60,7 @@ class ClusterVotes:
         return (self.logits_v.softmax(dim=1) + self.logits_a.softmax(dim=1)) / 2
 
 
-def collect_votes(model: AVLocalizer, cfg: CfgNode, clips: list[dict]) -> ClusterVotes:
+def collect_votes(model: AVLocalizer, cfg: CfgNode, clips: Sequence[dict]) -> ClusterVotes:
     """
     Run a localizer over clips, on all processes together.
 
@@ -71,25 +72,31 @@ def collect_votes(model: AVLocalizer, cfg: CfgNode, clips: list[dict]) -> Cluste
     Raises:
         ValueError: no clip can be read.
     """
-    rows = []
     batches = predict_clips(
         model,
         clips,
         AVMapper(cfg, "center"),
         cfg.MODEL.LOCALIZER.SELF_LABEL.BATCH_SIZE,
         cfg.DATALOADER.NUM_WORKERS,
+        call=lambda batch: model.localize(batch)[1],
     )
-    for inputs, outputs in batches:
-        for x, y in zip(inputs, outputs):
-            rows.append((x["sample_id"], y["logits_v"].cpu(), y["logits_a"].cpu()))
-    rows = sorted((row for part in comm.all_gather(rows) for row in part), key=lambda row: row[0])
-    if not rows:
+    # A process may have no clip at all.
+    empty = torch.empty(0, model.num_clusters)
+    ids, logits_v, logits_a = [], [empty], [empty]
+    for inputs, features in batches:
+        ids += [x["sample_id"] for x in inputs]
+        logits_v.append(features.logits_v.float().cpu())
+        logits_a.append(features.logits_a.float().cpu())
+    local = (np.array(ids, np.int64), torch.cat(logits_v).numpy(), torch.cat(logits_a).numpy())
+    parts = (np.concatenate(arrays) for arrays in zip(*comm.all_gather(local)))
+    sample_ids, all_v, all_a = (torch.from_numpy(array) for array in parts)
+    if not len(sample_ids):
         raise ValueError("no training clip could be read, so no clip votes for a cluster's name")
-    ids, logits_v, logits_a = zip(*rows)
-    return ClusterVotes(torch.tensor(ids), torch.stack(logits_v), torch.stack(logits_a))
+    order = sample_ids.argsort()
+    return ClusterVotes(sample_ids[order], all_v[order], all_a[order])
 
 
-def frozen_votes(cfg: CfgNode, clips: list[dict]) -> ClusterVotes:
+def frozen_votes(cfg: CfgNode, clips: Sequence[dict]) -> ClusterVotes:
     """
     Votes of the frozen localizer that taught a detector, kept in a file beside its weights where
     that can be written.
@@ -112,8 +119,9 @@ def frozen_votes(cfg: CfgNode, clips: list[dict]) -> ClusterVotes:
     _warn_if_older(cfg.MODEL.WEIGHTS, weights)
     # Names of data sets hold slashes where they stand for a user's videos.
     names = hashlib.sha256("\n".join(cfg.DATASETS.TRAIN).encode()).hexdigest()
-    cache, key = f"{weights}.votes-{names[:16]}", _state_of(weights, clips)
-    kept = _load(cache, key) if comm.is_main_process() else None
+    cache, is_main = f"{weights}.votes-{names[:16]}", comm.is_main_process()
+    key = _state_of(weights, clips) if is_main else ""
+    kept = _load(cache, key) if is_main else None
     # All go the main process's way: the file may come into being between two processes' looks.
     kept = comm.all_gather(kept)[0]
     if kept is not None:
@@ -122,7 +130,7 @@ def frozen_votes(cfg: CfgNode, clips: list[dict]) -> ClusterVotes:
     localizer_cfg.DATASETS.PREPARED = cfg.DATASETS.PREPARED
     localizer_cfg.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     votes = collect_votes(model, localizer_cfg, clips)
-    if comm.is_main_process():
+    if is_main:
         _save(votes, cache, key)
     return votes
 
@@ -157,7 +165,7 @@ def _save(votes: ClusterVotes, cache: str, key: str) -> None:
         logger.warning(f"the votes are not kept for the next evaluation: {error}")
 
 
-def _state_of(weights: str, clips: list[dict]) -> str:
+def _state_of(weights: str, clips: Sequence[dict]) -> str:
     """
     Names the weights and the clips that votes are made with.
     """
@@ -201,7 +209,7 @@ def voting_space(
 def match_votes(
     cfg: CfgNode,
     votes: ClusterVotes,
-    clips: list[dict],
+    clips: Sequence[dict],
     train_names: Sequence[str],
     class_names: Sequence[str],
     groups: dict[str, str] | None = None,
@@ -269,7 +277,7 @@ def match_votes(
 
 
 def vote_quality(
-    votes: ClusterVotes, clips: list[dict], train_names: Sequence[str]
+    votes: ClusterVotes, clips: Sequence[dict], train_names: Sequence[str]
 ) -> dict[str, float]:
     """
     :func:`cluster_quality` over the clips with one label, whatever the test classes are. Clips with
@@ -287,5 +295,10 @@ def vote_quality(
     return cluster_quality(clusters, known, num_clusters, len(train_names))
 
 
-def _labels_of(votes: ClusterVotes, clips: list[dict]) -> list[list[int]]:
-    return [clip_labels(clips[i]) for i in votes.sample_ids.tolist()]
+def _labels_of(votes: ClusterVotes, clips: Sequence[dict]) -> list[list[int]]:
+    ids = votes.sample_ids.numpy()
+    # Of a table of clips they are at hand, and nearly all that there is.
+    single = single_labels(clips)[ids].tolist()
+    return [
+        [label] if label >= 0 else clip_labels(clips[i]) for i, label in zip(ids.tolist(), single)
+    ]

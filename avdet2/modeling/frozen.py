@@ -47,6 +47,21 @@ def load_localizer(
     _check_file("LOCALIZER_WEIGHTS", weights)
     cfg = load_cfg(PathManager.get_local_path(config_file))
     cfg.MODEL.DEVICE = device
+    return build_localizer(cfg, config_file, weights), cfg
+
+
+def build_localizer(cfg: CfgNode, config_file: str, weights: str) -> AVLocalizer:
+    """
+    Build a localizer in eval mode without gradients, and load its checkpoint.
+
+    Args:
+        cfg: its config.
+        config_file: where that is from, for messages.
+        weights: path of the checkpoint; nothing in it is executed.
+
+    Raises:
+        ValueError: the config is not a localizer's, or the checkpoint does not fit it.
+    """
     if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer":
         raise ValueError(f"{config_file} is not the config of an AVLocalizer")
     model = build_model(cfg)
@@ -55,7 +70,7 @@ def load_localizer(
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{weights} does not fit {config_file}: {error}") from error
-    return model.eval().requires_grad_(False), cfg
+    return model.eval().requires_grad_(False)
 
 
 def _check_file(key: str, path: str) -> None:

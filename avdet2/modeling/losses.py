@@ -12,6 +12,8 @@ from torch import nn
 
 from detectron2.utils import comm
 
+from avdet2.modeling.collectives import all_gather_with_grad, exchange_columns
+
 POOLS = ("max", "avg", "attention")
 
 
@@ -58,43 +60,6 @@ class Temperature(nn.Module):
         """
         scale = self.rho_scale.item()
         return math.exp(-scale) if self.kind == "log" else 1 / scale
-
-
-class _AllGather(torch.autograd.Function):
-    """
-    Concatenation over processes whose gradient is the sum of all processes' gradients.
-
-    torch.distributed.nn's own function returns wrong gradients where the incoming gradient is not
-    contiguous.
-    """
-
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
-        ctx.length = len(tensor)
-        tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(comm.get_world_size())]
-        dist.all_gather(parts, tensor)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        # A copy: all_reduce writes into it, and autograd may have given grad to others too.
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        start = comm.get_rank() * ctx.length
-        return grad[start : start + ctx.length]
-
-
-def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
-    """
-    Args:
-        tensor: of shape (n, ...), the same on every process.
-
-    Returns:
-        Tensor: of shape (W * n, ...) for W processes, in the order of ranks. Gradients reach the
-        process that a row came from.
-    """
-    return tensor if comm.get_world_size() == 1 else _AllGather.apply(tensor)
 
 
 def heatmaps(visual: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
@@ -171,20 +136,34 @@ class NCELoss(nn.Module):
     With several processes and ``gather``, the batch is that of all processes; every process
     returns the loss of its own pairs, and gradients averaged over processes (as DDP does) are
     those of the loss over the global batch.
+
+    Without ``gather_gradients`` the losses are the same, but what comes from other processes is
+    constant: their sounds in the rows, and in the columns their rows. The averaged gradients are
+    then those of the mean of the processes' losses with these constants. They lack the terms in
+    which a pair is another process's negative, and that of a sound against other processes' frames;
+    the backward pass has no communication but DDP's.
     """
 
     name = "nce"
 
-    def __init__(self, temperature: Temperature, pool: str = "max", gather: bool = True) -> None:
+    def __init__(
+        self,
+        temperature: Temperature,
+        pool: str = "max",
+        gather: bool = True,
+        gather_gradients: bool = True,
+    ) -> None:
         """
         Args:
             temperature: gives 1 / rho.
             pool: see :func:`pool_responses`.
             gather: take negatives from all processes.
+            gather_gradients: and send them their gradients.
         """
         super().__init__()
         check_pool(pool)
-        self.temperature, self.pool, self.gather = temperature, pool, gather
+        self.temperature, self.pool = temperature, pool
+        self.gather, self.gather_gradients = gather, gather_gradients
 
     def forward(
         self, visual: torch.Tensor, audio: torch.Tensor
@@ -201,12 +180,11 @@ class NCELoss(nn.Module):
         rows_audio = audio
         if self.gather:
             offset = comm.get_rank() * len(audio)
-            rows_audio = all_gather_with_grad(audio)
+            rows_audio = all_gather_with_grad(audio, self.gather_gradients)
         rows = pair_scores(visual, rows_audio, self.pool) * self.temperature()
-        columns = all_gather_with_grad(rows) if self.gather else rows
-        columns = columns[:, offset : offset + len(audio)].t()
+        columns = exchange_columns(rows, self.gather_gradients) if self.gather else rows
         target = torch.arange(offset, offset + len(audio), device=audio.device)
-        loss = (F.cross_entropy(rows, target) + F.cross_entropy(columns, target)) / 2
+        loss = (F.cross_entropy(rows, target) + F.cross_entropy(columns.t(), target)) / 2
         accuracy = (rows.detach().argmax(dim=1) == target).float().mean()
         return loss, accuracy
 
@@ -226,6 +204,11 @@ def clustering_loss(
     """
     Eq. 2: cross-entropy of both modalities' class scores with the shared labels.
 
+    The mean is over the labelled pairs of all processes, of which one may have fewer than another:
+    every process returns its own pairs' share of it times their number W, so that the average over
+    processes, of the losses and (by DDP) of the gradients, is that of one process with all pairs.
+    All processes have to call it.
+
     Args:
         logits_v, logits_a: of shape (N, K).
         labels: of shape (N,), int64 in [0, K), or -1 for a pair without a label, which is left
@@ -234,7 +217,10 @@ def clustering_loss(
     Returns:
         Tensor: a scalar, 0 where no pair has a label.
     """
-    count = (labels >= 0).sum().clamp(min=1)
+    count = (labels >= 0).sum()
+    if comm.get_world_size() > 1:
+        dist.all_reduce(count)
+    count = count.clamp(min=1) / comm.get_world_size()
     total = sum(
         F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
         for logits in (logits_v, logits_a)

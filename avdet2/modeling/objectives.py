@@ -41,7 +41,7 @@ def build_objective(node: CfgNode) -> nn.Module:
         return TripletLoss(node.MARGIN)
     temperature = Temperature(node.RHO_PARAM, node.RHO_INIT, node.MAX_SCALE)
     if node.OBJECTIVE == "nce":
-        return NCELoss(temperature, node.POOL, node.GATHER)
+        return NCELoss(temperature, node.POOL, node.GATHER, node.GATHER_GRADIENTS)
     if node.OBJECTIVE == "bce":
         return CorrespondenceLoss(temperature, node.POOL)
     raise ValueError(
@@ -100,8 +100,10 @@ class CorrespondenceLoss(nn.Module):
         """
         _check_batch(audio)
         logits = self.logits(pair_scores(visual, audio, self.pool))
-        own = torch.eye(len(audio), dtype=torch.bool, device=audio.device)
-        matching, mismatched = logits[own], logits[~own]
+        # Views: a mask would make a GPU be waited for. Without its first entry, every N + 1 entries
+        # of the matrix end with one of the diagonal.
+        matching = logits.diagonal()
+        mismatched = logits.flatten()[1:].unflatten(0, (-1, len(audio) + 1))[:, :-1]
         loss = (F.softplus(-matching).mean() + F.softplus(mismatched).mean()) / 2
         accuracy = ((matching > 0).float().mean() + (mismatched <= 0).float().mean()) / 2
         return loss, accuracy

@@ -26,6 +26,7 @@ Array = np.ndarray | torch.Tensor
 
 # Heatmaps whose values differ by less than this share of the largest are constant.
 _CONSTANT = 1e-6
+_NOTHING = np.zeros((0, 5), dtype=np.float32)
 
 
 class SelfBoxes(NamedTuple):
@@ -103,10 +104,13 @@ def heatmaps_to_boxes(
     if height < 1 or width < 1:
         raise ValueError(f"image_size must be (height, width) in pixels, got {image_size}.")
     heatmaps = torch.as_tensor(heatmaps).detach().cpu().float()
-    beta = torch.as_tensor(beta).cpu()
-    cuts = threshold(heatmaps, beta).numpy()
+    cuts = threshold(heatmaps, torch.as_tensor(beta).cpu()).tolist()
     grids = heatmaps.numpy()
-    found = [_components(*pair, (height, width), multi, min_area) for pair in zip(grids, cuts)]
+    cuts = [min(pair) for pair in zip(cuts, grids.max(axis=(1, 2)).tolist())]
+    found = [
+        _components(grid, cut, (height, width), multi, min_area) if peaked else _NOTHING
+        for grid, cut, peaked in zip(grids, cuts, _has_peak(grids))
+    ]
     if multi:
         return [(torch.from_numpy(rows[:, :4]), torch.from_numpy(rows[:, 4])) for rows in found]
     valid = torch.tensor([len(rows) > 0 for rows in found], dtype=torch.bool)
@@ -116,13 +120,23 @@ def heatmaps_to_boxes(
     return SelfBoxes(rows[:, :4], rows[:, 4], valid)
 
 
+def _has_peak(grids: np.ndarray) -> np.ndarray:
+    """
+    Whether heatmaps (N, h, w) are finite and not constant.
+    """
+    low, high = grids.min(axis=(1, 2)).astype(float), grids.max(axis=(1, 2)).astype(float)
+    # NaN and infinities end here, too: their comparisons are false, as is inf > inf.
+    with np.errstate(invalid="ignore"):
+        return high - low > _CONSTANT * np.maximum(np.abs(low), np.abs(high))
+
+
 def _components(
     grid: np.ndarray, cut: float, image_size: tuple[int, int], multi: bool, min_area: float
 ) -> np.ndarray:
     """
     Args:
         grid: float32 array of shape (h, w), one heatmap.
-        cut: its threshold.
+        cut: its threshold, at most its maximum.
         image_size: (height, width).
         multi: all components, or the largest only.
         min_area: as in :func:`heatmaps_to_boxes`.
@@ -130,15 +144,11 @@ def _components(
     Returns:
         float32 array of shape (M, 5), box and peak of each component, the highest peak first.
     """
-    low, high = float(grid.min()), float(grid.max())
-    # NaN and infinities end here, too: their comparisons are false, as is inf > inf.
-    if not high - low > _CONSTANT * max(abs(low), abs(high)):
-        return np.zeros((0, 5), dtype=np.float32)
     # A pixel is a mean of up to four cells, so it can only reach the threshold beside a cell that
     # does: no other part of the map is upsampled and labelled.
-    hot = grid >= min(cut, high)
-    top, bottom = _pixels_beside(hot.any(axis=1), image_size[0])
-    left, right = _pixels_beside(hot.any(axis=0), image_size[1])
+    x, y, width, height = cv2.boundingRect((grid >= cut).view(np.uint8))
+    top, bottom = _pixels_beside(y, y + height, grid.shape[0], image_size[0])
+    left, right = _pixels_beside(x, x + width, grid.shape[1], image_size[1])
     heat = _bilinear(grid, image_size, np.s_[top:bottom, left:right])
     mask = heat >= cut
     if not mask.any():
@@ -149,7 +159,7 @@ def _components(
     count, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
     kept, share = [1], min_area if multi else 1.0
     if count > 2:
-        areas = np.bincount(labels.ravel())[1:]
+        areas = np.bincount(labels[mask])[1:]
         kept = 1 + np.flatnonzero(areas >= share * areas.max())
     rows = np.empty((len(kept), 5), dtype=np.float32)
     for row, component in zip(rows, kept):
@@ -161,15 +171,15 @@ def _components(
     return rows if multi else rows[:1]
 
 
-def _pixels_beside(hot: np.ndarray, num_pixels: int) -> tuple[int, int]:
+def _pixels_beside(begin: int, end: int, num_cells: int, num_pixels: int) -> tuple[int, int]:
     """
-    The range of pixels along one axis that bilinear upsampling mixes from any of the `hot` cells.
+    The range of pixels along one axis that bilinear upsampling mixes from any of the cells
+    begin <= i < end.
     """
-    cells = np.flatnonzero(hot)
-    scale = num_pixels / len(hot)
+    scale = num_pixels / num_cells
     # Cell i has its centre at pixel coordinate (i + 0.5) scale - 0.5, and reaches one cell further.
-    first = math.floor((cells[0] - 0.5) * scale - 0.5)
-    last = math.ceil((cells[-1] + 1.5) * scale - 0.5)
+    first = math.floor((begin - 0.5) * scale - 0.5)
+    last = math.ceil((end + 0.5) * scale - 0.5)
     return max(first, 0), min(last + 1, num_pixels)
 
 
@@ -181,7 +191,7 @@ def _bilinear(
     """
     rows = _bilinear_weights(grid.shape[0], image_size[0])[window[0]]
     columns = _bilinear_weights(grid.shape[1], image_size[1])[window[1]]
-    return rows @ grid @ columns.T
+    return rows @ (grid @ columns.T)
 
 
 @lru_cache(maxsize=64)

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from avdet2.modeling.collectives import all_reduce
+
 logger = logging.getLogger(__name__)
 
 ArrayLike = Sequence[float] | np.ndarray | torch.Tensor
@@ -171,7 +173,7 @@ class _Dual:
             self.offset = offset.item()
         loss = logs.item() + self.offset - len(self.scores) * torch.dot(self.target, bias).item()
         sums = torch.cat([(columns * weights).cpu(), torch.tensor([loss], dtype=torch.float64)])
-        sums = _all_reduce(sums, self.process_group) / self.total
+        sums = all_reduce(sums, self.process_group) / self.total
         return -sums[-1].item(), sums[:-1]
 
     def labels(self, bias: torch.Tensor) -> torch.Tensor:
@@ -306,17 +308,23 @@ def match_marginals(weights: ArrayLike, mass: ArrayLike) -> torch.Tensor:
     return marginals / marginals.sum()
 
 
-def align_heads(logits_v: torch.Tensor, logits_a: torch.Tensor) -> torch.Tensor:
+def align_heads(
+    logits_v: torch.Tensor,
+    logits_a: torch.Tensor,
+    process_group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
     """
     Pair each visual cluster with the audio cluster that responds to the same clips.
 
     Two heads that start at random number their clusters at random; summing them as eq. 6 does makes
     sense only after they were brought into one order. The pairs maximise the summed covariance of
-    the two softmax outputs (Hungarian method).
+    the two softmax outputs (Hungarian method). As in :func:`sinkhorn_labels`, every process of a
+    distributed run calls it with its own rows (even none) and gets the same answer.
 
     Args:
         logits_v: tensor of shape (N, K), g_v.
         logits_a: tensor of shape (N, K), g_a of the same clips.
+        process_group: see :func:`sinkhorn_labels`.
 
     Returns:
         int64 CPU tensor of shape (K,), a permutation: ``logits_a[:, permutation]``, or the audio
@@ -325,9 +333,15 @@ def align_heads(logits_v: torch.Tensor, logits_a: torch.Tensor) -> torch.Tensor:
     # Only needed when heads are aligned, once per training.
     from scipy.optimize import linear_sum_assignment
 
-    probs_v, probs_a = logits_v.double().softmax(dim=1), logits_a.double().softmax(dim=1)
-    covariance = (probs_v - probs_v.mean(dim=0)).t() @ (probs_a - probs_a.mean(dim=0))
-    return torch.from_numpy(linear_sum_assignment(covariance.cpu().numpy(), maximize=True)[1])
+    num_clusters = logits_v.shape[1]
+    # The sum of v a^T over all clips. As probabilities sum to 1, it has those of v and a in it.
+    sums = logits_v.new_zeros((num_clusters, num_clusters), dtype=torch.float64)
+    chunk = max(1, _CHUNK_BYTES["cpu"] // (8 * num_clusters))
+    for visual, audio in zip(logits_v.split(chunk), logits_a.split(chunk)):
+        sums.addmm_(visual.double().softmax(dim=1).t(), audio.double().softmax(dim=1))
+    sums = all_reduce(sums.cpu(), process_group)
+    covariance = sums - torch.outer(sums.sum(dim=1), sums.sum(dim=0)) / sums.sum()
+    return torch.from_numpy(linear_sum_assignment(covariance.numpy(), maximize=True)[1])
 
 
 def _find_problem(
@@ -371,7 +385,7 @@ def _agree_on_input(
     Count the rows of all processes. All raise if one has a problem, so that none waits for ever.
     """
     facts = torch.tensor([problem is not None, 0 if problem else len(scores)], dtype=torch.float64)
-    problems, total = _all_reduce(facts, process_group).tolist()
+    problems, total = all_reduce(facts, process_group).tolist()
     if problem:
         raise ValueError(problem)
     if problems:
@@ -383,16 +397,3 @@ def _agree_on_input(
 
 def _as_vector(values: ArrayLike) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
-
-
-def _all_reduce(values: torch.Tensor, process_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """
-    Sum a CPU tensor over the processes of a group; the same tensor when there are none.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    # NCCL only takes tensors of the process's GPU.
-    if dist.get_backend(process_group) == "nccl":
-        values = values.cuda()
-    dist.all_reduce(values, group=process_group)
-    return values.cpu()

@@ -229,7 +229,8 @@ def adjust_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     )
     hue = (hue + 6 * turns[:, None, None]).unsqueeze(1)
     # From HSV back to each channel: piecewise linear in its distance from the hue.
-    shifts = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)
+    # Made on the device: a list of numbers would have to be waited for.
+    shifts = torch.arange(5, 0, -2, dtype=torch.float32, device=images.device).view(3, 1, 1)
     place = (shifts + hue) % 6
     ramp = torch.minimum(place, 4 - place).clamp(0, 1)
     return (value.unsqueeze(1) - chroma.unsqueeze(1) * ramp).clamp_(0, 1)

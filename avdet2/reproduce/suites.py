@@ -9,7 +9,7 @@ A suite is one data set's analogue of all tables: "vggsound" are the paper's exp
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from avdet2.data.datasets.label_maps import general_labels, test_classes
+from avdet2.data.datasets.label_maps import general_labels
 from avdet2.reproduce.paper import PAPER_TABLES
 
 __all__ = ["SUITES", "Column", "Source", "Suite", "SuiteTable"]
@@ -128,6 +128,7 @@ AGNOSTIC_NOTE = (
 
 def _table2(single: str, multi: str, ours: str, note: str = "") -> SuiteTable:
     opts = ("TEST.LOCALIZATION.PROTOCOLS", "('single', 'multi')")
+
     def column(name: str, metric: str, test_set: str, agnostic: str = "") -> Column:
         return Column(name, metric, test_set, "localization", ours, agnostic)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.data.datasets.segments import register_segments

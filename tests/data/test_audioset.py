@@ -22,8 +22,9 @@ from annotation_files import (
     run_script,
     write_file,
 )
-from detectron2.data import DatasetCatalog
 from media_files import write_video
+
+from detectron2.data import DatasetCatalog
 
 from avdet2.data.clips import training_clips
 from avdet2.data.datasets import label_maps

@@ -7,16 +7,17 @@ import json
 
 import cv2
 import pytest
-from detectron2.data import DatasetCatalog
 from media_files import time_of_frame, write_video
 from prepare_scripts import run_script, written
 
+from detectron2.data import DatasetCatalog
+
+from avdet2.data.datasets import label_maps
 from avdet2.data.datasets.audioset_boxes import (
     part_of,
     read_audioset_boxes,
     read_segments,
 )
-from avdet2.data.datasets import label_maps
 
 _SEGMENTS = """# made up
 -_abcdefgh1, 30.000, 40.000, "/m/04rlf,/m/01xqw"

@@ -9,11 +9,12 @@ import os
 from pathlib import Path
 
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from media_files import HEIGHT, WIDTH, write_video
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
 from avdet2.data import clip_index
-from avdet2.data.clip_index import FileFacts, list_key, parallel_map
+from avdet2.data.clip_index import Index, list_key, parallel_map
 from avdet2.data.clips import (
     ClipRow,
     clips_from_folder,
@@ -23,6 +24,7 @@ from avdet2.data.clips import (
     scan_clips,
     training_clips,
 )
+from avdet2.data.file_table import FileFacts, FileTable
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +357,8 @@ def test_a_long_list_starts_without_a_look_at_the_files(tmp_path: Path, probed: 
         f"/nowhere/video_{i:06d}.mp4": FileFacts(1, 1, 10.0, 340, 256, "damaged" * (i % 50 == 0))
         for i in range(count)
     }
-    clip_index._write(f"{source}.index.npz", list_key(source, "/nowhere"), facts)
+    content = Index(list_key(source, "/nowhere"), FileTable.of(facts))
+    clip_index.write_index(f"{source}.index.npz", content)
     found = scan_clips(source, "/nowhere")
     assert probed == []
     assert len(found.clips) == count * 49 // 50 and len(found.classes) == 300

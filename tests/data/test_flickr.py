@@ -8,9 +8,10 @@ from collections import Counter
 import cv2
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog
 from media_files import write_video
 from prepare_scripts import run_script, written
+
+from detectron2.data import DatasetCatalog
 
 from avdet2.data.datasets.coco_av import load_coco_av
 from avdet2.data.datasets.flickr import read_flickr, read_ids, read_xml

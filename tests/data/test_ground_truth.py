@@ -13,8 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.data.datasets.coco_av import load_coco_av, register_prepared
 from avdet2.data.datasets.ground_truth import (

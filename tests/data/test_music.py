@@ -9,9 +9,10 @@ from collections import Counter
 
 import cv2
 import pytest
-from detectron2.data import DatasetCatalog
 from media_files import time_of_frame, write_video
 from prepare_scripts import run_script, written
+
+from detectron2.data import DatasetCatalog
 
 from avdet2.data.datasets import label_maps
 from avdet2.data.datasets.music import read_music

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from annotation_files import VIDEOS, make_files, registered, run_script, write_file
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from media_files import write_video
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.data.datasets.music_clips import DATASETS, music_test_videos, read_music_videos
 

@@ -6,8 +6,9 @@ OpenImages' csv files: columns by name, classes by MID, groups as crowds.
 import cv2
 import numpy as np
 import pytest
-from detectron2.data import MetadataCatalog
 from prepare_scripts import run_script, written
+
+from detectron2.data import MetadataCatalog
 
 from avdet2.data.datasets import label_maps
 from avdet2.data.datasets.label_maps import openimages_mids

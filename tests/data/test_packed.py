@@ -10,7 +10,9 @@ import os
 import pickle
 import runpy
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,17 @@ import numpy as np
 import pytest
 from media_files import HEIGHT, WIDTH, delay_of_sound, time_of_frame, write_video
 
+from detectron2.config import get_cfg
+
+from avdet2.config import add_avdet2_config
 from avdet2.data import packed as packed_module
+from avdet2.data.av_mapper import AVMapper
 from avdet2.data.clips import scan_clips
 from avdet2.data.packed import ClipReader, PackedClips, PackSettings
 from avdet2.data.packed_writer import PackedWriter, pack_clip
 from avdet2.data.video import MediaError, read_sample
+from avdet2.data.waveform import audio_to_int16
+from avdet2.modeling.spectrogram import LogSpectrogram
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_clips.py"
 
@@ -100,6 +108,20 @@ def test_sound_windows_of_other_lengths(packed: PackedClips, clips: list[dict[st
     assert time == 3.75 and not waveform[18100:].any() and waveform[:17900].any()
 
 
+def test_moments_without_sound(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mov", sound_delay=1.0, sound_seconds=2.0)
+    clip = {"file_name": path, "start": 0.0, "duration": 4.0}
+    packed = pack(tmp_path / "out", [clip])
+    # A quarter of the window must hold sound, which is there from 1 to 2 s.
+    for seconds in np.arange(0, 4, 0.25):
+        if 0.75 <= seconds <= 2.25:
+            assert packed.read(clip, seconds)[1].any()
+        else:
+            for read in (packed.read, lambda clip, at: read_sample(clip["file_name"], at)):
+                with pytest.raises(MediaError, match="no sound at that time"):
+                    read(clip, seconds)
+
+
 def test_what_is_in_it(packed: PackedClips, clips: list[dict[str, Any]]) -> None:
     clip = clips[1]
     assert clip in packed and {**clip, "duration": 1.0} in packed
@@ -138,6 +160,66 @@ def test_reader_falls_back_to_the_original(
         ClipReader(str(packed.folder), sample_rate=16000)
     with pytest.raises(ValueError, match="was not made by tools/prepare_clips.py"):
         ClipReader("/nowhere")
+
+
+def test_sound_as_it_is_stored(packed: PackedClips, clips: list[dict[str, Any]]) -> None:
+    for folder in (str(packed.folder), ""):
+        integer, floating = ClipReader(folder, integer=True), ClipReader(folder)
+        for clip in clips:
+            frame, stored = integer.read(clip, clip["start"] + 1.1)
+            other, waveform = floating.read(clip, clip["start"] + 1.1)
+            assert np.array_equal(frame, other) and stored.dtype == np.int16
+            assert np.array_equal(stored, audio_to_int16(waveform))
+            assert np.array_equal(stored / np.float32(32768), waveform) or not folder
+    _, stored, _ = packed.read_stored(clips[0], 1.1)
+    assert np.array_equal(stored / np.float32(32768), packed.read(clips[0], 1.1)[1])
+    assert packed.read_stored({**clips[0], "start": 0.1}, 1.1) is None
+
+
+def compare_samples(clip: dict[str, Any], folder: Path, psnr: float, spectrogram: float) -> None:
+    """
+    The mapper's outputs from the prepared form and from the original are alike.
+
+    Args:
+        psnr: the least of the images, in dB, at the prepared form's size.
+        spectrogram: the greatest mean absolute difference of the normalised log spectrograms, as
+            part of their standard deviation.
+    """
+    cfg = get_cfg()
+    add_avdet2_config(cfg)
+    to_spectrogram, original = LogSpectrogram(cfg), AVMapper(cfg, "full")
+    cfg.DATASETS.PREPARED = str(folder)
+    prepared = AVMapper(cfg, "full")
+    # A stored time: four frames a second, from the clip's start.
+    moment = clip["start"] + round(2 * clip["duration"]) / 4
+    ways = []
+    for mapper in (original, prepared):
+        mapper.sampler.moment = lambda clip: moment
+        ways.append(mapper(clip))
+    images = [way["image"].numpy().astype(float) for way in ways]
+    assert images[0].shape == images[1].shape and min(images[0].shape[1:]) == 256
+    assert 10 * np.log10(255**2 / ((images[0] - images[1]) ** 2).mean()) > psnr
+    sounds = [to_spectrogram(way["waveform"][None]) for way in ways]
+    assert (sounds[0] - sounds[1]).abs().mean() < spectrogram * sounds[0].std()
+
+
+def test_mapper_gives_the_same_from_the_prepared_form(
+    packed: PackedClips, clips: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for clip in clips:
+        compare_samples(clip, packed.folder, 33.0, 0.05)
+    # It is the prepared form that was read.
+    monkeypatch.setattr(packed_module, "read_sample", None)
+    reader = ClipReader(str(packed.folder))
+    assert reader.read(clips[0], 1.0)[0].shape == (HEIGHT, WIDTH, 3)
+
+
+def test_mapper_gives_the_same_from_prepared_real_clips(shared_dir: Path, tmp_path: Path) -> None:
+    paths = sorted((shared_dir / "data" / "clips").glob("*.mp4"))
+    clips = [{"file_name": str(path), "start": 1.0, "duration": 2.0} for path in paths]
+    pack(tmp_path, clips)
+    for clip in clips:
+        compare_samples(clip, tmp_path, 30.0, 0.05)
 
 
 def _read_in_process(reader: ClipReader, clip: dict[str, Any], queue: Any) -> None:
@@ -266,7 +348,7 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> 
     def run(*arguments: Any) -> str:
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
         runpy.run_path(str(TOOL), run_name="__main__")
-        return capsys.readouterr().out
+        return "".join(capsys.readouterr())
 
     return run
 
@@ -299,6 +381,58 @@ def test_the_tool(tmp_path: Path, clips: list[dict[str, Any]], run_tool: Any) ->
     assert state(output) == before
     for name in ("silent.mp4", "cut.mp4"):
         (root / name).unlink()
+
+
+def test_the_tool_killed_and_run_again(tmp_path: Path, clips: list[dict[str, Any]]) -> None:
+    for i in range(16):
+        (tmp_path / f"{i:02d}.mov").symlink_to(clips[3]["file_name"])
+    output = tmp_path / "out"
+    words = ["--folder", tmp_path, "--output", output, "--workers", 2, "--shard-mb", 1, "--fps", 25]
+    command = [sys.executable, str(TOOL), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (output / "shard_00000.npz").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    finished = {p.stem for p in output.glob("shard_*.npz")}
+    # What its workers still hold, and a shard half renamed, do not count.
+    before = {name: kept for name, kept in state(output).items() if Path(name).stem in finished}
+    done = len(PackedClips(str(output)))
+    assert 0 < done < 16 and before
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert f"{done} clips were there, {16 - done} were added" in again.stdout, again.stderr
+    assert "Preparing clips" in again.stderr
+    after = state(output)
+    assert {name: after[name] for name in before} == before
+    whole = PackedClips(str(output))
+    assert len(whole) == 16
+    for i in range(16):
+        clip = {"file_name": str(tmp_path / f"{i:02d}.mov"), "start": 0.0, "duration": 3.9}
+        assert abs(time_of_frame(whole.read(clip, 1.0)[0]) - 1.0) < 0.05
+
+
+def test_the_tool_tells_of_changed_videos_and_settings(tmp_path: Path, run_tool: Any) -> None:
+    video = write_video(tmp_path / "a.mp4", 1.0)
+    arguments = ("--folder", tmp_path, "--output", tmp_path / "out")
+    run_tool(*arguments)
+    before = state(tmp_path / "out")
+    assert "videos were changed" not in run_tool(*arguments)
+    write_video(tmp_path / "a.mp4", 1.0, gains=(0.5, 0.5))
+    shard = tmp_path / "out" / "shard_00000.npz"
+    os.utime(video, ns=(0, shard.stat().st_mtime_ns + 10**9))
+    packed = PackedClips(str(tmp_path / "out"))
+    clip = {"file_name": video, "start": 0.0, "duration": 0.9}
+    assert packed.outdated([clip, {**clip, "start": 0.5}, clip]) == [(video, shard)]
+    printed = run_tool(*arguments)
+    assert "1 videos were changed after they were prepared" in printed and video in printed
+    assert "delete shard_00000.* and run this again" in printed
+    assert state(tmp_path / "out") == before
+    with pytest.raises(SystemExit, match="error: .*use the same settings or another folder"):
+        run_tool(*arguments, "--fps", 2)
+    assert state(tmp_path / "out") == before
 
 
 def test_real_clips(shared_dir: Path, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from annotation_files import VIDEOS, make_files, registered, write_file
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from media_files import write_video
 from prepare_scripts import FOLDER, run_script
 from pycocotools.coco import COCO
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.data.clips import ClipRow, read_clip_list
 from avdet2.data.datasets.prepare import (
@@ -27,6 +28,9 @@ from avdet2.data.datasets.prepare import (
     find_clips,
     parse_clip_name,
     read_csv,
+)
+from avdet2.data.datasets.prepare import run_script as run_prepare
+from avdet2.data.datasets.prepare import (
     script_parser,
     sha256_of_rows,
     summary,
@@ -35,7 +39,6 @@ from avdet2.data.datasets.prepare import (
     write_manifest,
     write_missing,
 )
-from avdet2.data.datasets.prepare import run_script as run_prepare
 from avdet2.data.datasets.segments import (
     NOT_ON_DISK,
     OTHER_SEGMENT,

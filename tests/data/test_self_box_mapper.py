@@ -9,19 +9,21 @@ import torch
 from detectron2.config import get_cfg
 
 from avdet2.config import add_avdet2_config
-from avdet2.data import self_box_mapper
+from avdet2.data import self_box_mapper, window_maps
 from avdet2.data.self_box_mapper import SelfBoxMapper
 from avdet2.data.video import MediaError
 
 CROP = 56
 
 
-class FakeLocalizer:
+class FakeLocalizer(torch.nn.Module):
     """
     Finds what is bright: its heatmap is the red channel of the image that it sees.
     """
 
     def __init__(self, num_clusters: int = 3) -> None:
+        super().__init__()
+        self.eval()
         self.has_clusters, self.num_clusters = num_clusters > 0, num_clusters
         self.seen: list[dict] = []
 
@@ -42,8 +44,10 @@ class FakeReader:
     blobs = [(90, 150, 140, 190)]
     broken = False
 
-    def __init__(self, prepared: str, duration: float, sample_rate: int) -> None:
-        self.settings = (prepared, duration, sample_rate)
+    def __init__(
+        self, prepared: str, duration: float, sample_rate: int, integer: bool
+    ) -> None:
+        self.settings = (prepared, duration, sample_rate, integer)
 
     def read(self, clip: dict, seconds: float) -> tuple[np.ndarray, np.ndarray]:
         if self.broken:
@@ -52,7 +56,7 @@ class FakeReader:
         frame[:, 160:, 2] = 100
         for top, bottom, left, right in self.blobs:
             frame[top:bottom, left:right, 0] = 250
-        return frame, np.linspace(-0.5, 0.5, 24000, dtype=np.float32)
+        return frame, np.linspace(-16384, 16384, 24000).astype(np.int16)
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def world(monkeypatch):
         return world.localizer, world.cfg
 
     monkeypatch.setattr(self_box_mapper, "load_localizer", load)
-    monkeypatch.setattr(self_box_mapper, "ClipReader", FakeReader)
+    monkeypatch.setattr(window_maps, "ClipReader", FakeReader)
     np.random.seed(0)
     return world
 
@@ -143,6 +147,16 @@ def test_the_sound_goes_to_the_localizer_as_int16(world):
     np.testing.assert_allclose(waveform.numpy(), np.linspace(-16384, 16384, 24000), atol=1)
     assert "waveform" not in output
     assert output["sample_id"] == 4 and output["file_name"] == "a.mp4"
+
+
+def test_its_tensors_may_be_trained_on(world):
+    output = _mapper()(_clip())
+    boxes, classes = output["instances"].gt_boxes.tensor, output["instances"].gt_classes
+    for tensor in (output["image"], boxes, classes):
+        assert not tensor.is_inference()
+    weight = torch.ones(4, requires_grad=True)
+    (boxes * weight).sum().backward()
+    assert torch.equal(weight.grad, boxes.sum(dim=0))
 
 
 def test_several_components(world, monkeypatch):
@@ -218,7 +232,7 @@ def test_bad_clips(world, monkeypatch):
     mapper = _mapper()
     monkeypatch.setattr(FakeReader, "broken", True)
     assert mapper(_clip()) is None
-    assert mapper.sampler.failed == {"a.mp4": "a.mp4: no audio stream"}
+    assert mapper.source.sampler.failed == {"a.mp4": "a.mp4: no audio stream"}
     for _ in range(98):
         mapper(_clip())
     with pytest.raises(ValueError, match="100 clips in a row"):
@@ -228,7 +242,7 @@ def test_bad_clips(world, monkeypatch):
 def test_clips_without_a_self_box(world):
     mapper = _mapper()
     assert mapper(_clip()) is not None
-    reader = mapper.sampler.reader
+    reader = mapper.source.sampler.reader
     reader.blobs = []
     for _ in range(99):
         assert mapper(_clip()) is None
@@ -250,7 +264,7 @@ def test_the_localizer_is_loaded_by_the_worker(world):
     for _ in range(3):
         mapper(_clip())
     assert world.loaded == [("config.yaml", "model_final.pth")]
-    assert mapper.sampler.reader.settings == ("somewhere", 1.0, 24000)
+    assert mapper.source.sampler.reader.settings == ("somewhere", 1.0, 24000, True)
 
 
 def test_a_missing_localizer_is_one_clear_error():
@@ -269,6 +283,9 @@ def test_a_mapper_of_a_config():
     assert mapper.num_classes == 39
     cfg.INPUT.RANDOM_FLIP = "none"
     assert not SelfBoxMapper(cfg).flip
+    cfg.MODEL.SELF_BOX.HEATMAPS, cfg.DATASETS.PREPARED = "maps", "prepared"
+    with pytest.raises(ValueError, match="maps/heatmaps.json is missing.*cache_heatmaps.py"):
+        SelfBoxMapper(cfg)
 
 
 def test_wrong_settings_are_refused():
@@ -281,3 +298,5 @@ def test_wrong_settings_are_refused():
     for beta in ((0.9, 0.7), (-0.1, 0.5), (0.5, 1.0)):
         with pytest.raises(ValueError, match="BETA"):
             _mapper(beta=beta)
+    with pytest.raises(ValueError, match="HEATMAPS maps .* set DATASETS.PREPARED"):
+        _mapper(heatmaps="maps")

@@ -20,8 +20,9 @@ from annotation_files import (
     run_script,
     write_file,
 )
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from media_files import write_video
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.data.datasets import label_maps
 from avdet2.data.datasets.segments import Segment
@@ -141,7 +142,7 @@ def test_script(
     printed = capsys.readouterr().out
     manifest = json.loads((tmp_path / "vggsound" / "manifest.json").read_text())
     sha256 = manifest["lists"]["train"]["clips_sha256"]
-    assert f"lists/train.csv: 2 clips, 2 of 4 segments, 5 classes" in printed
+    assert "lists/train.csv: 2 clips, 2 of 4 segments, 5 classes" in printed
     assert f"sha256 of clips {sha256}" in printed
     assert "segments: 2 found, 4 missing: 4 x no file of this segment" in printed
     with open(tmp_path / "vggsound" / "missing.csv", newline="") as stream:

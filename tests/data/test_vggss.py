@@ -8,12 +8,13 @@ from collections import Counter
 
 import cv2
 import pytest
-from detectron2.data import DatasetCatalog
 from media_files import time_of_frame, write_video
 from prepare_scripts import run_script, written
 
-from avdet2.data.datasets.coco_av import load_coco_av
+from detectron2.data import DatasetCatalog
+
 from avdet2.data.datasets import label_maps
+from avdet2.data.datasets.coco_av import load_coco_av
 from avdet2.data.datasets.vggss import read_vggss, vggsound_boxes
 
 _ENTRIES = [

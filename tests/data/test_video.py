@@ -22,6 +22,7 @@ from media_files import (
     write_video,
 )
 
+from avdet2.data.sound_frames import mono_pieces
 from avdet2.data.video import MediaError, MediaFile, probe, read_audio, read_frame, read_sample
 
 FPS = 25
@@ -161,6 +162,23 @@ def test_stereo_level_agrees_with_plain_decoding(mp4: str) -> None:
     plain = np.concatenate(packets, axis=1).mean(axis=0)
     ours = read_audio(mp4, 2.0)
     assert np.std(ours) == pytest.approx(np.std(plain[72000:120000]), rel=0.01)
+
+
+def test_sound_frames_of_several_formats() -> None:
+    generator = np.random.default_rng(0)
+    frames, expected = [], []
+    formats = ("fltp", "stereo"), ("fltp", "stereo"), ("s16", "stereo"), ("s16p", "mono")
+    for i, (form, layout) in enumerate((*formats, ("s16", "mono"))):
+        channels = generator.integers(-999, 999, (1 + (layout == "stereo"), 7 + i)).astype(np.int16)
+        expected.append(channels.mean(axis=0) / 32768)
+        samples = channels if form.endswith("p") else channels.T.reshape(1, -1)
+        samples = samples / np.float32(32768) if form == "fltp" else samples
+        frames.append(av.AudioFrame.from_ndarray(samples, form, layout))
+        # Stamps with gaps, as rounding leaves them.
+        frames[-1].sample_rate, frames[-1].pts = 24000, 100 * i
+    for piece, mean in zip(mono_pieces(frames), expected, strict=True):
+        assert piece.dtype == np.float32 and np.allclose(piece, mean, atol=1e-7)
+    assert mono_pieces([]) == []
 
 
 def test_variable_frame_rate(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ def test_int16_round_trip() -> None:
     waveform = np.array([-1.5, -1.0, -0.25, 0.0, 1e-5, 0.5, 1.0], np.float32)
     stored = audio_to_int16(waveform)
     assert stored.tolist() == [-32768, -32768, -8192, 0, 0, 16384, 32767]
+    assert audio_to_int16(stored) is stored
+    assert np.array_equal(audio_to_int16(audio_to_float(stored)), stored)
     assert np.abs(audio_to_float(stored)[1:] - waveform[1:]).max() <= 1 / 32768
 
 

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avdet2.data.windows import Window, center_window, random_window
+from detectron2.data import transforms as T
+
+from avdet2.data.windows import QuickResize, Window, center_window, random_window
 
 
 def test_a_window_at_its_own_size_is_a_slice():
@@ -79,3 +81,16 @@ def test_random_windows_are_numpy_s():
 
 def test_a_window_may_be_the_whole_frame():
     assert random_window(64, 64, 1.0, flip=False) == Window(64, 64, x=0, y=0, side=64)
+
+
+@pytest.mark.parametrize("old, new", [(196, 224), (56, 600), (224, 224), (300, 224), (1, 7)])
+def test_enlarging_is_stock_resizing(old: int, new: int) -> None:
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (old + 9, old + 5, 3), np.uint8)[3 : 3 + old, 2 : 2 + old]
+    stock = T.ResizeTransform(old, old, new, new).apply_image(image)
+    ours = QuickResize(old, old, new, new).apply_image(image)
+    assert ours.shape == stock.shape == (new, new, 3) and ours.dtype == np.uint8
+    # Both round, each in its way; what is not enlarged is the stock transform's.
+    assert np.abs(ours.astype(int) - stock).max() <= (new > old)
+    nearest = QuickResize(old, old, new, new).apply_image(image, Image.NEAREST)
+    assert set(np.unique(nearest)) <= set(np.unique(image))

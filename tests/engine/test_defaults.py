@@ -302,6 +302,18 @@ def test_setup_without_training_clips(tmp_path, loggers):
     assert _setup("--eval-only", *opts).DATASETS.TRAIN == ()
 
 
+def test_setup_refuses_a_precision_before_anything_is_built(tmp_path, loggers):
+    opts = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path, "DATASETS.TRAIN", "('x',)"]
+    amp = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION"]
+    with pytest.raises(ValueError, match="fp16 needs a CUDA device.*set it to bf16"):
+        _setup(*opts, *amp, "fp16")
+    with pytest.raises(ValueError, match="one of fp16, bf16, not 'tf32'"):
+        _setup(*opts, *amp, "tf32")
+    assert _setup(*opts, *amp, "bf16").SOLVER.AMP.ENABLED
+    # A model that was trained on a GPU is evaluated without.
+    _setup("--eval-only", *opts, *amp, "fp16")
+
+
 def test_a_run_s_config_keeps_its_index(tmp_path, loggers, unregister, monkeypatch):
     folders = []
     monkeypatch.setattr(

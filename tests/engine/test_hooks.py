@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from avdet2.config import add_avdet2_config
 from avdet2.engine import hooks
 from avdet2.engine.hooks import SelfLabelHook, label_schedule
+from avdet2.modeling.meta_arch.av_localizer import PairFeatures
 
 CLIPS, CLUSTERS = 24, 3
 UNREADABLE = 5
@@ -76,23 +77,16 @@ def world(monkeypatch):
         calls=0,
     )
 
-    def predict(model, clips, mapper, batch_size, num_workers):
+    def predict(model, clips, mapper, batch_size, num_workers, call):
         world.calls += 1
         ids = [i for i in range(len(clips)) if i != UNREADABLE]
         for i in range(0, len(ids), batch_size):
             batch = ids[i : i + batch_size]
-            half = world.logits / 2
-            yield (
-                [clips[j] for j in batch],
-                [
-                    {
-                        "logits_v": half[j],
-                        "logits_a": half[j][world.audio_order],
-                        "embed_a": world.audio[j],
-                    }
-                    for j in batch
-                ],
+            half = world.logits[batch] / 2
+            features = PairFeatures(
+                torch.empty(0), world.audio[batch], half, half[:, world.audio_order]
             )
+            yield [clips[j] for j in batch], features
 
     monkeypatch.setattr(hooks, "predict_clips", predict)
     yield world
@@ -208,6 +202,27 @@ def test_a_checkpoint_of_other_clips_is_refused(world):
         _hook().load_state_dict({"labels": torch.zeros(7, dtype=torch.long), "weights": None})
 
 
+def test_too_few_or_broken_embeddings_for_kmeans(world):
+    hook = _hook(INIT="kmeans")
+    world.audio[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="23 audio embeddings, of which some are not finite"):
+        hook.before_train()
+    hook._num_clusters, world.logits = 24, torch.zeros(CLIPS, 24)
+    world.audio_order, world.audio = torch.arange(24), torch.rand(CLIPS, 8)
+    with pytest.raises(ValueError, match="24 clusters of 23 audio embeddings$"):
+        hook.before_train()
+
+
+def test_labels_of_the_clip_list_are_read_once(world, monkeypatch):
+    hook = _hook()
+    hook.before_train()
+    # Those of kind k are cluster k + 1: one class for each cluster.
+    key = "self_label/assess_hungarian_accuracy"
+    assert hook.trainer.storage.latest()[key][0] == 1
+    monkeypatch.setattr(hooks, "single_labels", None)
+    hook.update()
+
+
 def test_given_cluster_sizes(world, tmp_path):
     path = tmp_path / "sizes.txt"
     path.write_text("1\n2\n1\n")
@@ -255,6 +270,6 @@ def test_gaussian_sizes_go_to_the_clusters_that_are_large_already(world):
 
 
 def test_no_readable_clip_is_an_error(world, monkeypatch):
-    monkeypatch.setattr(hooks, "predict_clips", lambda *args: iter(()))
+    monkeypatch.setattr(hooks, "predict_clips", lambda *args, **keys: iter(()))
     with pytest.raises(ValueError, match="no training clip"):
         _hook().before_train()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from detectron2.data import DatasetCatalog
 
 from avdet2.data.datasets.synthetic import register_synthetic
@@ -154,6 +155,69 @@ def test_resume_with_other_clips_is_refused(finished_run, tiny_av, tmp_path):
     trainer = AVTrainer(make_cfg(tiny_av, tmp_path))
     with pytest.raises(ValueError, match="same clips"):
         trainer.resume_or_load(resume=True)
+
+
+AMP = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bf16")
+
+
+def test_a_training_goes_on_in_bf16_and_back(finished_run, tiny_av, tmp_path):
+    saved = interrupted(finished_run[0], tmp_path)
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, *AMP, "SOLVER.METRIC_PERIOD", "3"))
+    trainer.resume_or_load(resume=True)
+    optimizer = trainer._trainer.optimizer.state_dict()
+    assert equal(optimizer["state"], saved["trainer"]["_trainer"]["optimizer"]["state"])
+    seen = []
+    encoder = trainer.model.visual_encoder
+    encoder.register_forward_hook(lambda m, x, y: seen.append(y["conv4"].dtype))
+    trainer.train()
+    # Those of training; the pass that labels the clips is in float32.
+    assert seen.count(torch.bfloat16) == 2
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert all(x.dtype != torch.bfloat16 for x in state["model"].values())
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, "SOLVER.MAX_ITER", "6"))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 4
+    trainer.train()
+
+
+def test_metrics_of_several_iterations(tiny_av, tmp_path):
+    opts = ("MODEL.LOCALIZER.LAMBDA", "1.0", "SOLVER.METRIC_PERIOD", "3", "SOLVER.MAX_ITER", "5")
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, *opts))
+    trainer.train()
+    # The third, those of the checkpoints after the second and fourth, and the last.
+    looks = [iteration for _, iteration in trainer.storage.history("total_loss").values()]
+    assert looks == [1, 2, 3, 4]
+
+
+def test_a_diverged_model_replaces_no_checkpoint(tiny_av, tmp_path):
+    opts = ("MODEL.LOCALIZER.LAMBDA", "1.0", "SOLVER.METRIC_PERIOD", "100")
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, *opts))
+    step, run_step = trainer._trainer, trainer._trainer.run_step
+
+    def diverge():
+        if step.iter == 2:
+            with torch.no_grad():
+                step.model.loc_v[-1].weight.fill_(torch.nan)
+        run_step()
+
+    step.run_step = diverge
+    with pytest.raises(FloatingPointError, match="iteration=2"):
+        trainer.train()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000001.pth"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("SOLVER.AMP.ENABLED", "True"), "fp16 needs a CUDA device"),
+        ((*AMP, "SOLVER.AMP.PRECISION", "half"), "PRECISION must be one of"),
+        (("SOLVER.METRIC_PERIOD", "0"), "METRIC_PERIOD"),
+    ],
+)
+def test_settings_of_a_step_that_are_refused(tiny_av, tmp_path, opts, message):
+    with pytest.raises(ValueError, match=message):
+        AVTrainer(make_cfg(tiny_av, tmp_path, *opts))
 
 
 def test_checkpoints_hold_nothing_but_tensors_and_plain_values(finished_run):

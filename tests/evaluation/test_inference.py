@@ -1,5 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 import logging
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -99,6 +100,64 @@ def test_other_errors_are_not_hidden():
 
     with pytest.raises(ValueError, match="a wrong setting"):
         list(predict_clips(Doubler(), _clips(2), fail, 1, 0))
+
+
+def test_what_is_called_in_place_of_the_model():
+    model = Doubler()
+
+    def call(batch: Sequence[dict]) -> list[int]:
+        assert not torch.is_grad_enabled() and not model.training
+        return [sample["sample_id"] for sample in batch]
+
+    batches = predict_clips(model, _clips(5), Mapper(1), 2, 0, call=call)
+    assert [ids for _, ids in batches] == [[0], [2, 3], [4]]
+    assert model.training and not model.modes
+
+
+class Table(Sequence):
+    """
+    Makes clips when they are asked for.
+    """
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> dict:
+        return {"sample_id": range(5)[index]}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_clips_need_not_be_a_list(num_workers):
+    assert _ids(predict_clips(Doubler(), Table(), Mapper(3), 2, num_workers)) == [0, 1, 2, 4]
+
+
+class TensorMapper(Mapper):
+    """
+    Images of two sizes.
+    """
+
+    def __call__(self, clip: dict) -> dict:
+        size = 4 + clip["sample_id"] % 2
+        return {**super().__call__(clip), "image": torch.full((3, size, 4), clip["sample_id"])}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_tensors_of_a_batch(num_workers):
+    batches = list(ReadableLoader(_clips(7), TensorMapper(2, 6), 3, num_workers))
+    assert [len(batch) for batch in batches] == [2, 3, 0]
+    samples = [sample for batch in batches for sample in batch]
+    assert [sample["sample_id"] for sample in samples] == [0, 1, 3, 4, 5]
+    for sample in samples:
+        number = sample["sample_id"]
+        assert torch.equal(sample["image"], torch.full((3, 4 + number % 2, 4), number))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_for_a_gpu_are_pinned():
+    model = Doubler()
+    model.weight = nn.Parameter(torch.ones(1, device="cuda"))
+    batches = [inputs for inputs, _ in predict_clips(model, _clips(7), TensorMapper(2), 3, 2)]
+    assert [sample["image"].is_pinned() for batch in batches for sample in batch] == [True] * 6
 
 
 @pytest.mark.parametrize("training", [True, False])

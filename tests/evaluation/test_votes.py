@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from detectron2.modeling import build_model
+
+from avdet2.data.clip_table import ClipTable, FileNames
 from avdet2.engine import load_cfg
 from avdet2.evaluation import votes as votes_module
 from avdet2.evaluation.votes import ClusterVotes, frozen_votes, match_votes, vote_quality
+from avdet2.modeling.meta_arch import AVLocalizer
+from avdet2.modeling.object_dictionary import save_dictionary
 
 TRAIN_CLASSES = ["cat", "dog", "horn"]
 
@@ -188,6 +193,75 @@ def test_every_label_of_a_clip_votes(cfg):
     quality = vote_quality(votes, clips, TRAIN_CLASSES)
     assert quality["hungarian_accuracy"] == 1 and quality["clusters_used"] == 2
     assert vote_quality(votes, [{"labels": [0, 1]}] * 5, TRAIN_CLASSES) == {}
+
+
+def _table(labels: list[list[int]]) -> ClipTable:
+    count, offsets = len(labels), np.cumsum([0] + [len(of_clip) for of_clip in labels])
+    zeros = np.zeros(count, np.int32)
+    return ClipTable(
+        files=FileNames.of([f"/{i}.mp4" for i in range(count)]),
+        file=np.arange(count, dtype=np.int32),
+        start=np.zeros(count),
+        duration=np.ones(count),
+        width=zeros,
+        height=zeros,
+        label_offsets=offsets,
+        label_values=np.array(sum(labels, []), np.int32),
+        sample_ids=range(count),
+    )
+
+
+def test_clips_of_a_table_vote_as_those_of_a_list(cfg, tmp_path):
+    table, votes = _table([[0, 2], [2], [], [1], [0], [0]]), make_votes([0, 0, 0, 1, 1, 2])
+    # Not all clips can be read.
+    votes = ClusterVotes(*(x[[0, 1, 3, 4, 5]] for x in vars(votes).values()))
+    found, expected = (
+        match_votes(cfg, votes, clips, TRAIN_CLASSES, TRAIN_CLASSES)
+        for clips in (table, list(table))
+    )
+    assert found.counts.tolist() == expected.counts.tolist() == [[1, 0, 2], [1, 1, 0], [1, 0, 0]]
+    quality = vote_quality(votes, table, TRAIN_CLASSES)
+    assert quality == vote_quality(votes, list(table), TRAIN_CLASSES)
+    # Of four clips with one label, 2 in cluster 0, 1 or 0 in cluster 1, and 0 in cluster 2.
+    assert quality["hungarian_accuracy"] == 3 / 4
+    weights = tmp_path / "model.pth"
+    weights.touch()
+    assert votes_module._state_of(weights, table) == votes_module._state_of(weights, list(table))
+
+
+@pytest.mark.parametrize("with_dictionary", [False, True])
+def test_votes_are_what_the_localizer_says(cfg, tmp_path, monkeypatch, with_dictionary):
+    settings = """MODEL.DEVICE cpu MODEL.META_ARCHITECTURE AVLocalizer
+        MODEL.BACKBONE.NAME build_avol_backbone MODEL.AVOL.CHANNELS (4,4,4,4)
+        MODEL.LOCALIZER.AUDIO_ENCODER.CHANNELS (4,4,4,4) MODEL.LOCALIZER.HIDDEN_DIM 8
+        MODEL.LOCALIZER.EMBED_DIM 6 MODEL.LOCALIZER.NUM_CLUSTERS 5
+        MODEL.LOCALIZER.SELF_LABEL.BATCH_SIZE 3 DATALOADER.NUM_WORKERS 0"""
+    cfg = load_cfg("", settings.split())
+    if with_dictionary:
+        cfg.MODEL.LOCALIZER.OBJECT_DICTIONARY = str(tmp_path / "objects.pth")
+        save_dictionary(torch.eye(6)[:4], cfg.MODEL.LOCALIZER.OBJECT_DICTIONARY)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    generator = torch.Generator().manual_seed(1)
+    samples = [
+        {
+            "image": torch.randint(256, (3, 64, 64), generator=generator, dtype=torch.uint8),
+            "waveform": torch.randint(-9000, 9000, (24000,), generator=generator).short(),
+            "sample_id": i,
+        }
+        for i in range(5)
+    ]
+    outputs = [model.eval()([sample])[0] for sample in samples]
+    monkeypatch.setattr(votes_module, "AVMapper", lambda *args: lambda clip: samples[clip["i"]])
+    # Nobody asked for a box.
+    monkeypatch.setattr(AVLocalizer, "inference", None)
+    # In another order than by `sample_id`.
+    votes = votes_module.collect_votes(model, cfg, [{"i": i} for i in (3, 0, 4, 1, 2)])
+    assert votes.sample_ids.tolist() == [0, 1, 2, 3, 4]
+    for key in ("logits_v", "logits_a"):
+        expected = torch.stack([output[key] for output in outputs])
+        assert expected.shape == (5, 4 if with_dictionary else 5)
+        torch.testing.assert_close(getattr(votes, key), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_space_of_labels_without_a_test_class_gives_no_names(cfg, caplog):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_localizer import NUM_CLUSTERS, pair_samples, small_cfg, small_model, train_step
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -13,53 +14,6 @@ from avdet2.engine import AVTrainer, load_cfg
 from avdet2.modeling.losses import NCELoss, Temperature, clustering_loss
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-NUM_CLUSTERS = 5
-
-
-def _cfg(**localizer_keys):
-    """
-    A localizer that is small in everything, stride 8.
-    """
-    cfg = get_cfg()
-    add_avdet2_config(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.META_ARCHITECTURE = "AVLocalizer"
-    cfg.MODEL.BACKBONE.NAME = "build_avol_backbone"
-    cfg.MODEL.AVOL.CHANNELS = (8, 8, 12, 16)
-    cfg.MODEL.AVOL.POOLS = (2, 2, 1)
-    node = cfg.MODEL.LOCALIZER
-    node.AUDIO_ENCODER.CHANNELS = (4, 8, 12, 20)
-    node.HIDDEN_DIM, node.EMBED_DIM, node.NUM_CLUSTERS = 24, 10, NUM_CLUSTERS
-    node.SPECTROGRAM.N_MELS, node.SPECTROGRAM.HOP_LENGTH = 64, 240
-    for key, value in localizer_keys.items():
-        setattr(node, key, value)
-    return cfg
-
-
-def _model(**localizer_keys):
-    torch.manual_seed(0)
-    return build_model(_cfg(**localizer_keys))
-
-
-def _batch(sizes=4 * ((64, 64),)) -> list[dict]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        {
-            "image": torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8),
-            "waveform": torch.randint(
-                -9000, 9000, (24000,), generator=generator, dtype=torch.int16
-            ),
-            "sample_id": i,
-        }
-        for i, size in enumerate(sizes)
-    ]
-
-
-def _train_step(model, batch) -> dict[str, torch.Tensor]:
-    with EventStorage():
-        losses = model.train()(batch)
-        sum(losses.values()).backward()
-    return losses
 
 
 def test_number_of_parameters_of_the_paper_s_localizer():
@@ -75,9 +29,9 @@ def test_number_of_parameters_of_the_paper_s_localizer():
 
 @pytest.mark.parametrize(("nce_weight", "keys"), [(1.0, {"loss_nce"}), (0.5, None)])
 def test_every_parameter_gets_a_gradient(nce_weight, keys):
-    model = _model(LAMBDA=nce_weight)
+    model = small_model(LAMBDA=nce_weight)
     model.labels = torch.tensor([3, 0, 4, 0])
-    losses = _train_step(model, _batch())
+    losses = train_step(model, pair_samples())
     assert set(losses) == (keys or {"loss_nce", "loss_cluster"})
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without
@@ -96,9 +50,9 @@ VARIANTS = {
 @pytest.mark.parametrize("nce_weight", [1.0, 0.5])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_of_a_variant_gets_a_gradient(name, nce_weight):
-    model = _model(LAMBDA=nce_weight, **VARIANTS[name])
+    model = small_model(LAMBDA=nce_weight, **VARIANTS[name])
     model.labels = torch.tensor([3, 0, 4, 0])
-    losses = _train_step(model, _batch())
+    losses = train_step(model, pair_samples())
     # DDP waits for ever for a parameter that has none.
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without
@@ -108,7 +62,7 @@ def test_every_parameter_of_a_variant_gets_a_gradient(name, nce_weight):
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
 def test_heatmaps_and_scores_of_a_variant(name):
-    model, batch = _model(**VARIANTS[name]).eval(), _batch()
+    model, batch = small_model(**VARIANTS[name]).eval(), pair_samples()
     # Far from their first values: scalar products of several hundred.
     for head in (model.loc_v, model.loc_a):
         head[-1].weight.mul_(50)
@@ -127,7 +81,7 @@ def test_heatmaps_and_scores_of_a_variant(name):
 
 def test_what_checkpoints_hold_of_the_objective():
     def names(**keys):
-        return {name for name in _model(**keys).state_dict() if name.startswith("nce")}
+        return {name for name in small_model(**keys).state_dict() if name.startswith("nce")}
 
     # Checkpoints of the default, of whatever version, have this one.
     assert names() == {"nce.temperature.rho_scale"}
@@ -136,7 +90,7 @@ def test_what_checkpoints_hold_of_the_objective():
 
 
 def test_a_gpu_is_seldom_asked_for_what_is_logged(monkeypatch):
-    model = _model(LAMBDA=1.0)
+    model = small_model(LAMBDA=1.0)
     logged = []
     monkeypatch.setattr(type(model), "device", torch.device("meta"))
     with EventStorage() as storage:
@@ -150,10 +104,10 @@ def test_a_gpu_is_seldom_asked_for_what_is_logged(monkeypatch):
 
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_losses_are_eq_4_of_the_features(pool):
-    model = _model(LAMBDA=0.25, POOL=pool, RHO_INIT=0.2).train()
+    model = small_model(LAMBDA=0.25, POOL=pool, RHO_INIT=0.2).train()
     # Sample ids need not be in order, and label 2 is that of clip 0.
     model.labels = torch.tensor([2, 0, 4, 1, 3, 3])
-    batch = _batch()
+    batch = pair_samples()
     for inputs, sample_id in zip(batch, (5, 0, 3, 1)):
         inputs["sample_id"] = sample_id
     with EventStorage() as storage:
@@ -173,9 +127,9 @@ def test_losses_are_eq_4_of_the_features(pool):
 
 
 def test_images_are_normalised_and_sound_goes_to_the_audio_side_only():
-    cfg = _cfg()
+    cfg = small_cfg()
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [10.0, 20.0, 30.0], [2.0, 4.0, 5.0]
-    model, batch = build_model(cfg).eval(), _batch()
+    model, batch = build_model(cfg).eval(), pair_samples()
     images, spectrograms = model.preprocess(batch)
     pixels = batch[1]["image"][:, 5, 7].tolist()
     expected = [(pixels[0] - 10) / 2, (pixels[1] - 20) / 4, (pixels[2] - 30) / 5]
@@ -193,7 +147,7 @@ def test_images_are_normalised_and_sound_goes_to_the_audio_side_only():
 
 @torch.no_grad()
 def test_inference():
-    model, batch = _model().eval(), _batch(3 * ((64, 96),))
+    model, batch = small_model().eval(), pair_samples(3 * ((64, 96),))
     for inputs in batch:
         inputs.update(height=128, width=192)
     maps, features = model.localize(batch)
@@ -223,12 +177,12 @@ def test_inference():
 
 @torch.no_grad()
 def test_the_cluster_is_that_of_both_modalities_together():
-    model = _model().eval()
+    model = small_model().eval()
     # Alone, the frame would choose cluster 0 and the sound cluster 2.
     for head, bias in ((model.cls_v, [3, 2, 0, 0, 0]), (model.cls_a, [0, 2, 3, 0, 0])):
         head[-1].weight.zero_()
         head[-1].bias.copy_(torch.tensor(bias))
-    (output,) = model(_batch()[:1])
+    (output,) = model(pair_samples()[:1])
     assert output["logits_v"].tolist() == [3, 2, 0, 0, 0]
     assert output["logits_a"].tolist() == [0, 2, 3, 0, 0]
     assert output["instances"].pred_classes.tolist() == [1]
@@ -236,7 +190,7 @@ def test_the_cluster_is_that_of_both_modalities_together():
 
 @torch.no_grad()
 def test_the_box_covers_the_peak_of_the_heatmap():
-    model, batch = _model().eval(), _batch(2 * ((64, 64),))
+    model, batch = small_model().eval(), pair_samples(2 * ((64, 64),))
     model.localize = lambda inputs: (_peaks(), model.extract(*model.preprocess(inputs)))
     first, second = (output["instances"] for output in model(batch))
     # Cells of 8 pixels: rows 1 and 2 of column 6, rows 5 and 6 of columns 0 and 1; half of a cell
@@ -255,7 +209,7 @@ def _peaks() -> torch.Tensor:
 
 @torch.no_grad()
 def test_images_of_different_sizes_in_one_call():
-    model, batch = _model().eval(), _batch(((64, 96), (64, 64), (72, 64)))
+    model, batch = small_model().eval(), pair_samples(((64, 96), (64, 64), (72, 64)))
     outputs = model(batch)
     assert [tuple(x["heatmap"].shape) for x in outputs] == [(8, 12), (8, 8), (9, 8)]
     for inputs, output in zip(batch, outputs):
@@ -267,18 +221,18 @@ def test_images_of_different_sizes_in_one_call():
 
 @torch.no_grad()
 def test_without_clusters_there_are_boxes_of_class_0():
-    (output,) = _model(LAMBDA=1.0).eval()(_batch()[:1])
+    (output,) = small_model(LAMBDA=1.0).eval()(pair_samples()[:1])
     assert output["logits_v"] is None and output["logits_a"] is None
     assert output["instances"].pred_classes.tolist() == [0]
 
 
 def test_no_self_labels_yet():
     with pytest.raises(ValueError, match="no self-labels"):
-        _train_step(_model(), _batch())
+        train_step(small_model(), pair_samples())
 
 
 def test_clips_without_a_label_are_left_out():
-    model, batch = _model().train(), _batch()
+    model, batch = small_model().train(), pair_samples()
     model.labels = torch.tensor([1, -1, 2, -1])
     with EventStorage():
         actual = model(batch)["loss_cluster"]
@@ -304,7 +258,7 @@ def test_clips_without_a_label_are_left_out():
 )
 def test_wrong_settings_are_refused(key, value, message):
     with pytest.raises(ValueError, match=message):
-        _model(**{key: value})
+        small_model(**{key: value})
 
 
 def test_resnet18_as_visual_encoder_trains():
@@ -314,9 +268,9 @@ def test_resnet18_as_visual_encoder_trains():
     model = build_model(cfg)
     optimizer = AVTrainer.build_optimizer(cfg, model)
     model.labels = torch.tensor([38, 0, 7, 7])
-    batch = _batch()
+    batch = pair_samples()
     before = [p.detach().clone() for p in model.parameters()]
-    first = sum(_train_step(model, batch).values()).item()
+    first = sum(train_step(model, batch).values()).item()
     assert all(p.grad is not None for p in model.parameters())
     optimizer.step()
     assert all((p != old).any() for p, old in zip(model.parameters(), before))
@@ -328,7 +282,7 @@ def test_resnet18_as_visual_encoder_trains():
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_the_temperature_has_no_weight_decay(name):
-    cfg = _cfg()
+    cfg = small_cfg()
     cfg.SOLVER.OPTIMIZER = name
     cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_NORM = 0.03, 0.01
     cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM = 0.002, 0.85
@@ -348,24 +302,24 @@ def test_the_temperature_has_no_weight_decay(name):
 
 
 def test_an_unknown_optimizer_is_refused():
-    cfg = _cfg()
+    cfg = small_cfg()
     cfg.SOLVER.OPTIMIZER = "Rprop"
     with pytest.raises(ValueError, match="Rprop"):
         AVTrainer.build_optimizer(cfg, build_model(cfg))
 
 
 def test_maps_cover_images_whose_size_is_no_multiple_of_the_stride():
-    model = _model().eval()
+    model = small_model().eval()
     seen = []
     model.visual_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
-        maps, _ = model.localize(_batch([(108, 92)]))
+        maps, _ = model.localize(pair_samples([(108, 92)]))
     # 13.5 and 11.5 cells: without resizing, the map would be 13 x 11 and lack 4 pixels on a side.
     assert maps.shape == (1, 14, 12)
     image = seen[0]
     assert image.shape == (1, 3, 112, 96)
     # What is at the right edge of the image is at the right edge of what the encoder sees.
-    sample = _batch([(108, 92)])[0]
+    sample = pair_samples([(108, 92)])[0]
     sample["image"] = torch.zeros_like(sample["image"])
     sample["image"][:, :, -4:] = 255
     images, _ = model.preprocess([sample])
@@ -374,5 +328,5 @@ def test_maps_cover_images_whose_size_is_no_multiple_of_the_stride():
 
 
 def test_training_crops_are_left_as_they_are():
-    images, _ = _model().train().preprocess(_batch([(60, 60)]))
+    images, _ = small_model().train().preprocess(pair_samples([(60, 60)]))
     assert images.shape == (1, 3, 60, 60)

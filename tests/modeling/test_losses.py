@@ -4,16 +4,16 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import run_on_processes, shard
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from detectron2.utils import comm
 
 from avdet2.modeling.losses import (
     NCELoss,
     Temperature,
-    all_gather_with_grad,
     attention,
     clustering_loss,
     heatmaps,
@@ -21,7 +21,14 @@ from avdet2.modeling.losses import (
     pool_responses,
 )
 
-PAIRS, DIM, HEIGHT, WIDTH = 8, 5, 3, 4
+PAIRS, DIM, HEIGHT, WIDTH = 12, 5, 3, 4
+POOLS = ("max", "avg", "attention")
+# Negatives from all processes with gradients, or as constants, or from the own process only.
+MODES = {"gradients": (True, True), "constants": (True, False), "local": (False, True)}
+# Pairs with a label of the clustering loss, whose batches may differ in length; the last process
+# has no label or not even a pair.
+SHARES = {2: (8, 4), 3: (7, 5, 0)}
+LABELS = [0, 3, -1, 1, 3, 2, -1, -1, -1, -1, -1, -1]
 
 
 def _features(pairs: int = PAIRS, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,8 +38,8 @@ def _features(pairs: int = PAIRS, seed: int = 0) -> tuple[torch.Tensor, torch.Te
     return F.normalize(visual, dim=1), F.normalize(audio, dim=1)
 
 
-def _nce(pool: str = "max", gather: bool = True) -> NCELoss:
-    return NCELoss(Temperature("log", 0.2).double(), pool, gather)
+def _nce(pool: str = "max", mode: str = "gradients") -> NCELoss:
+    return NCELoss(Temperature("log", 0.2).double(), pool, *MODES[mode])
 
 
 def _scores_by_loops(visual: torch.Tensor, audio: torch.Tensor, pool: str) -> np.ndarray:
@@ -235,120 +242,155 @@ class TinyLocalizer(nn.Module):
     Projections of both modalities and the loss, as DDP would wrap them.
     """
 
-    def __init__(self, pool: str, gather: bool = True) -> None:
+    def __init__(self, nce: nn.Module) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(7)
         weights = torch.randn(2, DIM, DIM, generator=generator, dtype=torch.float64)
         self.visual, self.audio = nn.Parameter(weights[0]), nn.Parameter(weights[1])
-        self.nce = _nce(pool, gather)
+        self.nce = nce
 
     def forward(self, visual: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
         visual = F.normalize(torch.einsum("ed,ndhw->nehw", self.visual, visual), dim=1)
         return self.nce(visual, F.normalize(audio @ self.audio, dim=1))[0]
 
 
+class OneProcess(nn.Module):
+    """
+    What each mode means, written down for all pairs in one place: the mean over the processes of
+    eq. 1 over their own pairs.
+    """
+
+    def __init__(self, pool: str, mode: str, world_size: int) -> None:
+        super().__init__()
+        self.temperature = Temperature("log", 0.2).double()
+        self.pool, self.mode, self.world_size = pool, mode, world_size
+
+    def forward(self, visual: torch.Tensor, audio: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = torch.arange(PAIRS).chunk(self.world_size)
+        losses, accuracies = zip(*(self._of_process(visual, audio, own) for own in parts))
+        return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+    def _of_process(self, visual, audio, own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = pair_scores(visual, audio, self.pool) * self.temperature()
+        rows, columns, target = scores[own], scores[:, own].t(), own
+        if self.mode == "constants":
+            is_own = torch.isin(torch.arange(PAIRS), own)
+            sounds = torch.where(is_own[:, None], audio, audio.detach())
+            rows = pair_scores(visual[own], sounds, self.pool) * self.temperature()
+            columns = torch.where(is_own, columns, columns.detach())
+        if self.mode == "local":
+            rows, columns, target = rows[:, own], columns[:, own], torch.arange(len(own))
+        loss = (F.cross_entropy(rows, target) + F.cross_entropy(columns, target)) / 2
+        return loss, (rows.argmax(dim=1) == target).float().mean()
+
+
 def _gradients(module: nn.Module) -> list[torch.Tensor]:
     return [p.grad.clone() for p in module.parameters()]
 
 
-def _leaf(layout: str, rank: int) -> torch.Tensor:
-    leaf = (torch.arange(6.0) + 10 * rank).view(2, 3).t()
-    return leaf if layout == "transposed" else leaf.contiguous()
-
-
-def _incoming_gradient(layout: str) -> torch.Tensor:
-    gradient = torch.arange(12.0).view(2, 6).t()
-    return gradient if layout == "transposed" else gradient.contiguous()
-
-
-def _on_one_of_two_processes(rank: int, folder: str) -> None:
+def _clustering(part: slice) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
-    Everything that the tests below compare, in one pair of processes: starting them is the slow
+    The loss, and the gradients of both modalities' logits.
+    """
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, PAIRS, 4, generator=generator, dtype=torch.float64)
+    leaves = [x[part].clone().requires_grad_() for x in logits]
+    loss = clustering_loss(*leaves, torch.tensor(LABELS)[part])
+    loss.backward()
+    return loss.detach(), [leaf.grad for leaf in leaves]
+
+
+def _on_each_process() -> dict:
+    """
+    Everything that the tests below compare, in one set of processes: starting them is the slow
     part.
     """
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    visual, audio = (x.chunk(2)[rank] for x in _features())
+    rank, world_size = comm.get_rank(), comm.get_world_size()
     result = {}
-    for pool in ("max", "avg", "attention"):
-        v, a = visual.clone().requires_grad_(), audio.clone().requires_grad_()
-        nce = _nce(pool)
-        loss, accuracy = nce(v, a)
-        loss.backward()
-        scale_grad = nce.temperature.rho_scale.grad
-        result[pool] = (loss.detach(), accuracy, v.grad, a.grad, scale_grad)
-        model = DistributedDataParallel(TinyLocalizer(pool))
-        model(visual, audio).backward()
-        result[f"ddp {pool}"] = _gradients(model)
-        result[f"local {pool}"] = _nce(pool, gather=False)(visual, audio)[0]
-    for name in ("transposed", "contiguous"):
-        leaf, other = _leaf(name, rank).requires_grad_(), torch.zeros(6, 2, requires_grad=True)
-        # Both summands get one and the same gradient, the one that was made last first.
-        doubled = 2 * other
-        gathered = all_gather_with_grad(leaf)
-        total = gathered + doubled
-        total.backward(_incoming_gradient(name) * (rank + 1))
-        result[name] = (gathered.detach(), leaf.grad, other.grad)
-    torch.save(result, f"{folder}/rank{rank}.pth")
-    dist.barrier()
-    dist.destroy_process_group()
+    with pytest.raises(ValueError) as error:
+        _nce()(*_features(2 + rank))
+    result["uneven"] = str(error.value)
+    visual, audio = (x.chunk(world_size)[rank] for x in _features())
+    for pool in POOLS:
+        for mode in MODES:
+            v, a = visual.clone().requires_grad_(), audio.clone().requires_grad_()
+            loss, accuracy = _nce(pool, mode)(v, a)
+            loss.backward()
+            model = DistributedDataParallel(TinyLocalizer(_nce(pool, mode)))
+            model(visual, audio).backward()
+            result[pool, mode] = (loss.detach(), accuracy, v.grad, a.grad, _gradients(model))
+    result["clustering"] = _clustering(shard(PAIRS, SHARES[world_size]))
+    result["no labels"] = clustering_loss(*torch.ones(2, 3, 4), torch.full((3,), -1))
+    return result
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> list[dict]:
+@pytest.fixture(scope="module", params=[2, 3])
+def processes(request, tmp_path_factory) -> list[dict]:
     """
-    The results of rank 0 and rank 1.
+    The results of all ranks.
     """
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(_on_one_of_two_processes, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+    return run_on_processes(_on_each_process, request.param, tmp_path_factory.mktemp("gloo"))
 
 
-@pytest.mark.parametrize("pool", ["max", "avg", "attention"])
-def test_two_processes_have_the_loss_and_gradients_of_one(two_processes, pool):
+@pytest.mark.parametrize("pool", POOLS)
+def test_processes_have_the_loss_and_gradients_of_one(processes, pool):
     visual, audio = (x.requires_grad_() for x in _features())
-    nce = _nce(pool)
-    loss, accuracy = nce(visual, audio)
+    loss, accuracy = _nce(pool)(visual, audio)
     loss.backward()
-    parts = [result[pool] for result in two_processes]
-    losses, accuracies = (torch.stack([part[i] for part in parts]) for i in (0, 1))
-    torch.testing.assert_close(losses.mean(), loss.detach(), rtol=1e-9, atol=0)
-    torch.testing.assert_close(accuracies.mean(), accuracy)
-    # DDP averages gradients over processes: a feature of one of them has half of its gradient.
-    for i, expected in ((2, visual.grad), (3, audio.grad)):
-        actual = torch.cat([part[i] for part in parts]) / 2
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
-    scale_grad = (parts[0][4] + parts[1][4]) / 2
-    torch.testing.assert_close(scale_grad, nce.temperature.rho_scale.grad, rtol=1e-9, atol=0)
+    losses, accuracies, *gradients, _ = zip(*(result[pool, "gradients"] for result in processes))
+    torch.testing.assert_close(sum(losses) / len(losses), loss.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(sum(accuracies) / len(losses), accuracy)
+    # DDP averages gradients over processes: a feature of one of W has 1 / W of its gradient.
+    for found, leaf in zip(gradients, (visual, audio)):
+        torch.testing.assert_close(
+            torch.cat(found) / len(processes), leaf.grad, rtol=1e-9, atol=1e-12
+        )
 
 
-@pytest.mark.parametrize("pool", ["max", "avg", "attention"])
-def test_ddp_gives_the_gradients_of_one_process(two_processes, pool):
-    model = TinyLocalizer(pool)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool", POOLS)
+def test_modes_of_gathering_are_their_formulas(processes, pool, mode):
+    one = OneProcess(pool, mode, len(processes))
+    visual, audio = (x.requires_grad_() for x in _features())
+    loss, accuracy = one(visual, audio)
+    loss.backward()
+    losses, accuracies, *gradients, _ = zip(*(result[pool, mode] for result in processes))
+    torch.testing.assert_close(sum(losses) / len(losses), loss.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(sum(accuracies) / len(losses), accuracy)
+    for found, leaf in zip(gradients, (visual, audio)):
+        torch.testing.assert_close(
+            torch.cat(found) / len(processes), leaf.grad, rtol=1e-9, atol=1e-12
+        )
+    # And those of weights and temperature, as DDP averages them.
+    model = TinyLocalizer(OneProcess(pool, mode, len(processes)))
     model(*_features()).backward()
-    for result in two_processes:
-        for actual, expected in zip(result[f"ddp {pool}"], _gradients(model), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    for result in processes:
+        for found, expected in zip(result[pool, mode][-1], _gradients(model), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("pool", ["max", "avg", "attention"])
-def test_without_gathering_every_process_is_alone(two_processes, pool):
-    for result, visual, audio in zip(two_processes, *(x.chunk(2) for x in _features())):
-        torch.testing.assert_close(result[f"local {pool}"], _nce(pool)(visual, audio)[0])
+@pytest.mark.parametrize("pool", POOLS)
+def test_constants_change_gradients_and_not_losses(processes, pool):
+    for result in processes:
+        parts = {mode: result[pool, mode] for mode in MODES}
+        assert torch.equal(parts["gradients"][0], parts["constants"][0])
+        assert not torch.allclose(parts["gradients"][0], parts["local"][0])
+        for i in (2, 3):
+            assert not torch.allclose(parts["gradients"][i], parts["constants"][i])
 
 
-@pytest.mark.parametrize("name", ["transposed", "contiguous"])
-def test_gradients_of_gathering_for_any_layout(two_processes, name):
-    incoming = _incoming_gradient(name)
-    for rank, result in enumerate(two_processes):
-        gathered, grad, other_grad = result[name]
-        assert torch.equal(gathered, torch.cat([_leaf(name, 0), _leaf(name, 1)]))
-        # Ranks 0 and 1 weight it by 1 and 2.
-        assert torch.equal(grad, (3 * incoming).chunk(2)[rank])
-        # What else the gradient flows to does not see the other process.
-        assert torch.equal(other_grad, 2 * (rank + 1) * incoming)
+def test_batches_of_several_sizes_are_refused_by_all(processes):
+    sizes = [2 + rank for rank in range(len(processes))]
+    for result in processes:
+        assert f"batches have {sizes} samples" in result["uneven"]
 
 
-def test_one_process_gathers_nothing():
-    x = torch.randn(3, 2)
-    assert all_gather_with_grad(x) is x
+def test_clustering_loss_is_the_mean_over_all_processes(processes):
+    loss, gradients = _clustering(slice(None))
+    # The mean of the processes' own means would be another number, as they have 5 and 1 labels.
+    losses, found = zip(*(result["clustering"] for result in processes))
+    torch.testing.assert_close(sum(losses) / len(losses), loss, rtol=1e-6, atol=0)
+    for i, expected in enumerate(gradients):
+        parts = torch.cat([part[i] for part in found])
+        torch.testing.assert_close(parts / len(processes), expected, rtol=1e-6, atol=1e-9)
+    assert all(result["no labels"].item() == 0 for result in processes)

@@ -4,9 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import run_on_processes
+
+from detectron2.utils import comm
 
 from avdet2.modeling.nt_xent import NTXentLoss
 
@@ -109,38 +110,31 @@ def _loss_and_gradients(gather: bool, parts: list[torch.Tensor]) -> tuple[torch.
     return loss.detach(), accuracy, first.grad, second.grad
 
 
-def _on_one_of_two_processes(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    parts = [x.chunk(2)[rank] for x in _projections()]
-    result = {gather: _loss_and_gradients(gather, parts) for gather in (True, False)}
-    torch.save(result, f"{folder}/rank{rank}.pth")
-    dist.barrier()
-    dist.destroy_process_group()
+def _on_each_process() -> dict:
+    parts = [x.chunk(comm.get_world_size())[comm.get_rank()] for x in _projections()]
+    return {gather: _loss_and_gradients(gather, parts) for gather in (True, False)}
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> list[dict]:
+@pytest.fixture(scope="module", params=[2, 3])
+def processes(request, tmp_path_factory) -> list[dict]:
     """
-    The results of rank 0 and rank 1.
+    The results of all ranks.
     """
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(_on_one_of_two_processes, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
+    return run_on_processes(_on_each_process, request.param, tmp_path_factory.mktemp("gloo"))
 
 
-def test_two_processes_have_the_loss_and_gradients_of_one(two_processes):
+def test_processes_have_the_loss_and_gradients_of_one(processes):
     loss, accuracy, *gradients = _loss_and_gradients(True, _projections())
-    parts = [result[True] for result in two_processes]
-    torch.testing.assert_close((parts[0][0] + parts[1][0]) / 2, loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close((parts[0][1] + parts[1][1]) / 2, accuracy)
-    # DDP averages gradients over processes: a projection of one of them has half of its gradient.
-    for i, expected in enumerate(gradients, 2):
-        actual = torch.cat([part[i] for part in parts]) / 2
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
+    losses, accuracies, *found = zip(*(result[True] for result in processes))
+    count = len(processes)
+    torch.testing.assert_close(sum(losses) / count, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sum(accuracies) / count, accuracy)
+    # DDP averages gradients over processes: a projection of one of W has 1 / W of its gradient.
+    for parts, expected in zip(found, gradients, strict=True):
+        torch.testing.assert_close(torch.cat(parts) / count, expected, rtol=1e-10, atol=1e-14)
 
 
-def test_without_gathering_every_process_is_alone(two_processes):
-    for rank, result in enumerate(two_processes):
-        expected = _loss_and_gradients(True, [x.chunk(2)[rank] for x in _projections()])
-        torch.testing.assert_close(result[False], expected)
+def test_without_gathering_every_process_is_alone(processes):
+    for rank, result in enumerate(processes):
+        parts = [x.chunk(len(processes))[rank] for x in _projections()]
+        torch.testing.assert_close(result[False], _loss_and_gradients(True, parts))

@@ -122,6 +122,7 @@ def _build(**keys):
 def test_the_config_chooses():
     nce = _build(GATHER=False, POOL="avg", RHO_INIT=0.2)
     assert isinstance(nce, NCELoss) and not nce.gather and nce.pool == "avg"
+    assert nce.gather_gradients and not _build(GATHER_GRADIENTS=False).gather_gradients
     assert nce.temperature.rho() == pytest.approx(0.2)
     bce = _build(OBJECTIVE="bce", RHO_PARAM="linear", RHO_INIT=4.0)
     assert {name for name, _ in bce.named_parameters()} == {"shift", "temperature.rho_scale"}

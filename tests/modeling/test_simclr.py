@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from avdet2.config import add_avdet2_config
+from avdet2.data.batch import PairBatch
 from avdet2.engine.lars import LARS
 from avdet2.modeling.meta_arch.simclr import ProjectionHead, SimCLR
 
@@ -323,3 +324,48 @@ def test_two_processes_are_one(tmp_path):
             assert error < 1e-3, name
     # Fewer negatives are a smaller loss.
     assert sum(part[False]["loss"] for part in parts) / 2 < one["loss"] - 0.3
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_a_pair_batch_is_a_list(square):
+    model, inputs = _model(), _inputs(two=True, square=square)
+    views = []
+    for batch in (inputs, PairBatch(inputs)):
+        torch.manual_seed(1)
+        views.append(model.preprocess(batch))
+    assert torch.equal(*views)
+    assert views[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_views_are_float32_under_autocast():
+    model, inputs = _model(), _inputs()
+    views = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            views.append(model.preprocess(inputs))
+    assert torch.equal(*views) and views[0].dtype == torch.float32
+
+
+def test_a_gpu_is_seldom_asked_for_what_is_logged(monkeypatch):
+    model, logged = _model(), []
+    monkeypatch.setattr(SimCLR, "device", torch.device("meta"))
+    with EventStorage() as storage:
+        for _ in range(45):
+            model._log(torch.tensor(0.25))
+            logged += [value for value in storage.latest().values() if value not in logged]
+            storage.step()
+    assert logged == [(0.25, 0), (0.25, 20), (0.25, 40)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_training_step_never_waits_for_the_gpu():
+    model, batch = _model().cuda(), PairBatch(_inputs(two=True)).pin_memory()
+    with EventStorage() as storage:
+        model(batch)["loss_nt_xent"].backward()
+        storage.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(batch)["loss_nt_xent"].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

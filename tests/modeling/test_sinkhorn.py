@@ -1,15 +1,19 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_on_processes, shard
 from scipy.special import logsumexp, softmax
 
+from detectron2.utils import comm
+
+from avdet2.modeling import sinkhorn
 from avdet2.modeling.sinkhorn import (
     _Dual,
     align_heads,
@@ -26,8 +30,10 @@ VECTORS = [
 BY_NAME = {vector["name"]: vector for vector in VECTORS}
 each_vector = pytest.mark.parametrize("vector", VECTORS, ids=list(BY_NAME))
 
-# Rows of each of three processes.
-SHARES = (700, 0, 301)
+# Rows of each process.
+SHARES = {2: (301, 700), 3: (700, 0, 301)}
+ROWS = 1001
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def _scores(vector: dict, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -163,6 +169,51 @@ def test_dual_equals_scipy_wherever_it_is_asked(cache):
         assert torch.equal(dual.labels(bias), expected_labels)
 
 
+@each_vector
+def test_vectors_without_stored_exponentials(vector, monkeypatch):
+    # As on a GPU, in many chunks.
+    monkeypatch.setattr(sinkhorn, "_CHUNK_BYTES", {"cpu": 1 << 10})
+    monkeypatch.setattr(sinkhorn, "_Dual", partial(_Dual, cache=False))
+    result = sinkhorn_labels(_scores(vector).float(), vector["col_marginal"], vector["lambda_sk"])
+    assert result.labels.tolist() == vector["labels"]
+    assert result.error <= 1e-6
+
+
+@needs_gpu
+@each_vector
+def test_vectors_on_a_gpu(vector):
+    scores = _scores(vector).float().cuda()
+    result = sinkhorn_labels(scores, vector["col_marginal"], vector["lambda_sk"])
+    assert result.labels.is_cuda and not result.bias.is_cuda
+    assert result.labels.tolist() == vector["labels"]
+    assert result.error <= 1e-6
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chunk_bytes", [1 << 26, 1 << 13])
+def test_a_gpu_gives_the_labels_of_the_cpu(dtype, chunk_bytes, monkeypatch):
+    monkeypatch.setitem(sinkhorn._CHUNK_BYTES, "cuda", chunk_bytes)
+    scores = _planted().to(dtype)
+    expected, found = (sinkhorn_labels(x, tol=1e-11) for x in (scores, scores.cuda()))
+    assert torch.equal(found.labels.cpu(), expected.labels)
+    torch.testing.assert_close(found.bias, expected.bias, atol=1e-6, rtol=0)
+    heads = _heads()
+    on_gpu = align_heads(*(logits.cuda() for logits in heads))
+    assert torch.equal(on_gpu, align_heads(*heads))
+
+
+@needs_gpu
+def test_a_gpu_needs_no_second_matrix(monkeypatch):
+    monkeypatch.setitem(sinkhorn._CHUNK_BYTES, "cuda", 1 << 20)
+    scores = torch.randn(100_000, 100, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sinkhorn_labels(scores, max_iter=2)
+    # Labels, a chunk and its temporaries; the scores are 40 MB.
+    assert torch.cuda.max_memory_allocated() - before < 10e6
+
+
 def test_row_offsets_do_not_matter():
     scores = _random()
     # Exact in float64, so that all differences come from the offsets.
@@ -191,10 +242,15 @@ def test_dead_and_dominant_clusters_get_their_share():
     assert result.labels.tolist() == sinkhorn_labels(scores).labels.tolist()
 
 
-def test_half_precision_and_gradients_are_accepted():
-    scores = _random().half()
-    expected = sinkhorn_labels(scores.double()).labels
-    assert torch.equal(sinkhorn_labels(scores).labels, expected)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_gradients_are_accepted(dtype):
+    scores = _random().to(dtype)
+    expected = sinkhorn_labels(scores.double())
+    found = sinkhorn_labels(scores)
+    # Computed in full precision, not only nearly.
+    assert torch.equal(found.bias, expected.bias)
+    assert torch.equal(found.labels, expected.labels)
+    expected = expected.labels
     assert torch.equal(sinkhorn_labels(scores.float().requires_grad_()).labels, expected)
 
 
@@ -259,56 +315,71 @@ def test_warns_at_the_cap(caplog):
     assert "stopped after 3 passes" in caplog.text
 
 
-def _shard(rank: int) -> torch.Tensor:
-    start = sum(SHARES[:rank])
-    return _planted(sum(SHARES))[start : start + SHARES[rank]]
+def _heads() -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Logits of two heads that number the clusters differently.
+    """
+    noise = torch.randn(ROWS, 10, generator=torch.Generator().manual_seed(3))
+    logits = 0.1 * _planted(ROWS).float()
+    return logits, (logits + noise)[:, [3, 0, 5, 1, 4, 2, 9, 8, 6, 7]]
 
 
-def _on_one_of_three_processes(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=3)
-    pair = dist.new_group([0, 2])
-    results = {"three": vars(sinkhorn_labels(_shard(rank)))}
-    if rank != 1:
-        results["pair"] = vars(sinkhorn_labels(_shard(rank), process_group=pair))
-    scores = _shard(rank).clone()
-    if rank == 2:
+def _on_each_process() -> dict:
+    rank, world_size = comm.get_rank(), comm.get_world_size()
+    own = shard(ROWS, SHARES[world_size])
+    scores = _planted(ROWS)[own].clone()
+    results = {"all": vars(sinkhorn_labels(scores))}
+    results["aligned"] = align_heads(*(logits[own] for logits in _heads()))
+    if world_size == 3:
+        pair = dist.new_group([0, 2])
+        if rank != 1:
+            results["pair"] = vars(sinkhorn_labels(scores, process_group=pair))
+    if rank == world_size - 1:
         scores[5, 1] = float("nan")
     try:
         sinkhorn_labels(scores)
     except ValueError as error:
         results["error"] = str(error)
-    torch.save(results, f"{folder}/{rank}.pth")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(_on_one_of_three_processes, args=(str(folder),), nprocs=3)
-    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(3)]
+@pytest.fixture(scope="module", params=[2, 3])
+def processes(request, tmp_path_factory) -> list[dict]:
+    """
+    The results of all ranks.
+    """
+    return run_on_processes(_on_each_process, request.param, tmp_path_factory.mktemp("gloo"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, ranks", [("three", (0, 1, 2)), ("pair", (0, 2))])
-def test_processes_equal_one(processes, name, ranks):
-    expected = sinkhorn_labels(_planted(sum(SHARES)))
-    results = [processes[rank][name] for rank in ranks]
-    assert torch.equal(torch.cat([result["labels"] for result in results]), expected.labels)
-    assert [len(result["labels"]) for result in results] == [SHARES[rank] for rank in ranks]
-    for result in results:
-        # Not nearly: whatever differs between processes would drift apart.
-        assert torch.equal(result["bias"], results[0]["bias"])
-        assert result["passes"] == results[0]["passes"]
-        torch.testing.assert_close(result["bias"], expected.bias, atol=1e-3, rtol=0)
+def test_processes_equal_one(processes):
+    expected = sinkhorn_labels(_planted(ROWS))
+    shares = SHARES[len(processes)]
+    for name in ("all", "pair"):
+        ranks = [rank for rank, result in enumerate(processes) if name in result]
+        results = [processes[rank][name] for rank in ranks]
+        assert name == "all" or len(ranks) in (0, 2)
+        if not results:
+            continue
+        assert torch.equal(torch.cat([result["labels"] for result in results]), expected.labels)
+        assert [len(result["labels"]) for result in results] == [shares[rank] for rank in ranks]
+        for result in results:
+            # Not nearly: whatever differs between processes would drift apart.
+            assert torch.equal(result["bias"], results[0]["bias"])
+            assert result["passes"] == results[0]["passes"]
+            torch.testing.assert_close(result["bias"], expected.bias, atol=1e-3, rtol=0)
 
 
-@pytest.mark.slow
+def test_processes_align_heads_as_one(processes):
+    # Where the columns of the audio head have gone.
+    order = [1, 3, 5, 0, 4, 2, 8, 9, 7, 6]
+    assert align_heads(*_heads()).tolist() == order
+    assert all(result["aligned"].tolist() == order for result in processes)
+
+
 def test_every_process_raises_when_one_has_bad_scores(processes):
-    assert "row 5, cluster 1" in processes[2]["error"]
-    assert "on 1 other process" in processes[0]["error"]
-    assert "on 1 other process" in processes[1]["error"]
+    *others, last = processes
+    assert "row 5, cluster 1" in last["error"]
+    assert all("on 1 other process" in result["error"] for result in others)
 
 
 def test_gaussian_marginals_of_the_vector():

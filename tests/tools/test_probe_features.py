@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 

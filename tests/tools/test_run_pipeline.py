@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from avdet2.engine.environment import TORCHRUN
 from avdet2.engine.pipeline import make_stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,19 +111,19 @@ def test_the_first_failure_is_the_last_stage(tool, tmp_path):
 # The tool with a stage that tells its process id and sleeps.
 SLEEPER = """
 import importlib.util, sys
-from argparse import Namespace
 spec = importlib.util.spec_from_file_location("run_pipeline", sys.argv[1])
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 code = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(300)"
 tool.Stage.command = lambda *args: [sys.executable, "-c", code]
-tool.main(Namespace(config_file=sys.argv[2], opts=["OUTPUT_DIR", sys.argv[3]], machine_rank=0))
+tool.main(tool.default_argument_parser().parse_args(sys.argv[2:]))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stage_ends_with_its_pipeline(tool, tmp_path, number):
-    words = [sys.executable, "-c", SLEEPER, str(TOOL), PIPELINE, str(tmp_path)]
+    words = [sys.executable, "-c", SLEEPER, str(TOOL), "--config-file", PIPELINE]
+    words += ["OUTPUT_DIR", str(tmp_path)]
     # The tool's logger writes to stdout too.
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as pipeline:
         stage = next(int(line) for line in pipeline.stdout if line.strip().isdigit())
@@ -138,6 +139,92 @@ def test_a_stage_ends_with_its_pipeline(tool, tmp_path, number):
             with pytest.raises(ProcessLookupError):
                 os.kill(stage, 0)
     tool.lock_folder(str(tmp_path), seconds=5).close()
+
+
+# A stage that writes its variables to the file that is named for its number.
+WRITER = "import json, os; json.dump(dict(os.environ), open({!r}, 'w'))"
+
+
+def test_stages_of_several_processes_meet_at_ports_of_their_own(tool, tmp_path, monkeypatch):
+    given = dict(zip(TORCHRUN, ["1", "2", "1", "2", "host", "29500"]))
+    paths = [tmp_path / str(i) for i in range(3)]
+    stages = [FakeStage(WRITER.format(str(path)), done=i == 1) for i, path in enumerate(paths)]
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with tool.lock_folder(str(tmp_path), rank=1) as lock:
+        tool.run_stages(stages, Namespace(), lock, given)
+    first, last = (json.loads(paths[i].read_text()) for i in (0, 2))
+    # Whether a stage was done already changes no port: another process may find it so later.
+    assert (first["MASTER_PORT"], last["MASTER_PORT"]) == ("29501", "29503")
+    for found in (first, last):
+        assert found["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+        assert all(found[name] == given[name] for name in TORCHRUN if name != "MASTER_PORT")
+
+
+def test_stages_on_two_machines_meet_at_ports_of_their_own(tool, tmp_path):
+    words = "--num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://host:29500"
+    args = tool.default_argument_parser().parse_args(words.split())
+    stages = make_stages(PIPELINE, ["OUTPUT_DIR", str(tmp_path)])
+    commands = [stage.command("train_net.py", args) for stage in stages]
+    urls = [command[command.index("--dist-url") + 1] for command in commands]
+    assert urls == [f"tcp://host:{port}" for port in (29500, 29501, 29502, 29503)]
+    flags = commands[1][commands[1].index("--num-gpus") :]
+    assert flags[:6] == words.split()[:6]
+
+
+# The tool on process 1 of 2, without its stages.
+OTHER = SLEEPER[: SLEEPER.index("code =")] + """
+tool.run_stages = lambda *args: print(args[-1]["RANK"])
+tool.main(tool.default_argument_parser().parse_args(sys.argv[2:]))
+"""
+
+
+def test_only_the_first_process_writes_the_table(tmp_path):
+    (tmp_path / "pipeline-0.lock").touch()
+    words = [sys.executable, "-c", OTHER, str(TOOL), "--config-file", PIPELINE]
+    words += ["OUTPUT_DIR", str(tmp_path)]
+    place = dict(zip(TORCHRUN, ["1", "2", "1", "2", "host", "29500"]))
+    env = {**os.environ, **place}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"pipeline-0.lock", "pipeline-1.lock", "pipeline.txt.rank1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num-machines 2", "--dist-url .* is not where processes meet"),
+        ("--num-machines 2 --dist-url auto", "--dist-url .* is not where processes meet"),
+        ("--num-gpus 0", "at least 1"),
+    ],
+)
+def test_flags_are_checked_before_the_first_stage(tool, tmp_path, words, message):
+    words = [*words.split(), "--config-file", PIPELINE, "OUTPUT_DIR", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=message):
+        tool.main(tool.default_argument_parser().parse_args(words))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_all_stages_by_torchrun(tiny_datasets, tmp_path):
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOOL)]
+    config = ROOT / "configs" / "quick_schedules" / "synthetic_pipeline.yaml"
+    words += ["--config-file", str(config), "OUTPUT_DIR", str(tmp_path)]
+    words += ["DISTRIBUTED.TIMEOUT", "120", "SOLVER.WARMUP_ITERS", "1"]
+    words += ["DATALOADER.NUM_WORKERS", "1", "MODEL.LOCALIZER.NUM_CLUSTERS", "2"]
+    for stage in ("localizer_pretrain", "localizer_joint"):
+        words += [f"{stage}:SOLVER.MAX_EPOCH", "0.0", f"{stage}:SOLVER.MAX_ITER", "2"]
+    for stage in ("detector_warmup", "detector"):
+        words += [f"{stage}:SOLVER.MAX_ITER", "2", f"{stage}:SOLVER.IMS_PER_BATCH", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": str(tiny_datasets)}
+    for done_before in (0, 5):
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        for log in ("pipeline.txt", "pipeline.txt.rank1"):
+            assert (tmp_path / log).read_text().count("is done") == done_before
+        # Once, and not by each process.
+        assert done.stdout.count((tmp_path / "table.md").read_text()) == 1
+    assert "World size: 2" in (tmp_path / "detector" / "log.txt.rank1").read_text()
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--eval-only"])

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.data.clips import scan_clips
+from avdet2.data.clip_table import ClipTable
+from avdet2.data.clips import read_once, scan_clips
 from avdet2.data.datasets.prepare import (
     ClipFiles,
     clip_file,
@@ -275,7 +276,7 @@ def manifest_lines(manifest: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def load_segments(root: str, name: str, command: str, dataset: str) -> list[dict[str, Any]]:
+def load_segments(root: str, name: str, command: str, dataset: str) -> ClipTable:
     """
     Load a clip list that was prepared; see :func:`avdet2.data.clips.scan_clips`.
 
@@ -316,5 +317,7 @@ def register_segments(root: str, datasets: Mapping[str, str], command: str) -> N
         command: that prepares them, for errors.
     """
     for dataset, name in datasets.items():
-        DatasetCatalog.register(dataset, partial(load_segments, root, name, command, dataset))
+        load = partial(load_segments, root, name, command, dataset)
+        # Written with every preparation.
+        DatasetCatalog.register(dataset, read_once(load, os.path.join(root, "manifest.json")))
         MetadataCatalog.get(dataset).set(evaluator_type="av_clips")

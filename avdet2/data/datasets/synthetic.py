@@ -6,11 +6,11 @@ The synthetic benchmark that `datasets/prepare_synthetic.py` makes, as registere
 import json
 import os
 from functools import partial
-from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.data.clips import scan_clips
+from avdet2.data.clip_table import ClipTable
+from avdet2.data.clips import read_once, scan_clips
 from avdet2.data.datasets.coco_av import register_coco_av
 from avdet2.data.synthetic.objects import class_names
 from avdet2.data.synthetic.views import CLASS_GROUPS, TEST_VIEWS
@@ -18,7 +18,7 @@ from avdet2.data.synthetic.views import CLASS_GROUPS, TEST_VIEWS
 _EXTRA_ANNOTATION_KEYS = ["sounding", "instance", "visible"]
 
 
-def load_synthetic_clips(root: str, dataset_name: str | None = None) -> list[dict[str, Any]]:
+def load_synthetic_clips(root: str, dataset_name: str | None = None) -> ClipTable:
     """
     Load the training clips; see :func:`avdet2.data.clips.scan_clips`.
 
@@ -62,7 +62,8 @@ def register_synthetic(root: str, prefix: str = "synthetic_av") -> None:
         prefix: of the names.
     """
     train = f"{prefix}_train"
-    DatasetCatalog.register(train, partial(load_synthetic_clips, root, train))
+    load = partial(load_synthetic_clips, root, train)
+    DatasetCatalog.register(train, read_once(load, os.path.join(root, "train.csv")))
     MetadataCatalog.get(train).set(evaluator_type="av_clips")
     views = [f"test_{view}" for view in TEST_VIEWS]
     for truth in ("val", "test", *views):

@@ -13,11 +13,12 @@ from torch import nn
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import get_event_storage
 
+from avdet2.data.batch import Batch, sample_ids_on, stacked_on
 from avdet2.modeling.avol import AUDIO_ENCODER_REGISTRY
 from avdet2.modeling.heads import MLPHead, global_pool
 from avdet2.modeling.losses import clustering_loss, heatmaps
+from avdet2.modeling.meta_arch.common import due_storage, normalize
 from avdet2.modeling.object_dictionary import (
     class_heatmaps,
     heard_objects,
@@ -27,9 +28,6 @@ from avdet2.modeling.object_dictionary import (
 from avdet2.modeling.objectives import CorrespondenceLoss, build_objective
 from avdet2.modeling.self_box import heatmaps_to_boxes
 from avdet2.modeling.spectrogram import LogSpectrogram
-
-# Iterations between two looks at what is logged: on a GPU each of them waits for the device.
-LOG_PERIOD = 20
 
 
 class PairFeatures(NamedTuple):
@@ -129,6 +127,7 @@ class AVLocalizer(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         # A fifth faster on CPUs, and what tensor cores want.
         self.to(memory_format=torch.channels_last)
+        self._compiled: tuple[nn.Module, ...] = ()
 
     @classmethod
     def from_config(cls, cfg):
@@ -165,11 +164,19 @@ class AVLocalizer(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+    def compile_encoders(self) -> None:
+        """
+        Let both encoders be compiled (torch.compile) at the next training step. Inference, with
+        its images of many sizes, goes on without.
+        """
+        # A tuple is no submodule: names in checkpoints stay.
+        self._compiled = torch.compile(self.visual_encoder), torch.compile(self.audio_encoder)
+
+    def forward(self, batched_inputs: Batch) -> dict[str, torch.Tensor] | list[dict]:
         """
         Args:
-            batched_inputs: dicts of AVMapper, with "image" (3, h, w) uint8 and "waveform" (T,)
-                int16; in training also "sample_id", and images of one size.
+            batched_inputs: dicts of AVMapper (a list, or a PairBatch), with "image" (3, h, w) uint8
+                and "waveform" (T,) int16; in training also "sample_id", and images of one size.
 
         Returns:
             in training a dict of ``loss_nce`` (or of the OBJECTIVE's name) and ``loss_cluster``,
@@ -194,17 +201,18 @@ class AVLocalizer(nn.Module):
         groups = [batched_inputs] if len(sizes) == 1 else [[x] for x in batched_inputs]
         return [output for group in groups for output in self.inference(group)]
 
-    def preprocess(self, batched_inputs: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    def preprocess(self, batched_inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Normalised images (N, 3, h, w) and log spectrograms (N, 1, F, T) on the model's device.
+        Normalised images (N, 3, h, w), channels last, and log spectrograms (N, 1, F, T), both
+        float32, on the model's device.
         """
-        images = torch.stack([x["image"] for x in batched_inputs]).to(self.device)
-        images = (images - self.pixel_mean) / self.pixel_std
-        if not self.training:
-            images = self._whole_cells(images)
-        images = images.contiguous(memory_format=torch.channels_last)
-        waveforms = torch.stack([x["waveform"] for x in batched_inputs]).to(self.device)
-        return images, self.spectrogram(waveforms)
+        images = stacked_on(batched_inputs, "image", self.device)
+        waveforms = stacked_on(batched_inputs, "waveform", self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            images = normalize(images, self.pixel_mean, self.pixel_std)
+            if not self.training:
+                images = self._whole_cells(images)
+            return images, self.spectrogram(waveforms)
 
     def _whole_cells(self, images: torch.Tensor) -> torch.Tensor:
         """
@@ -215,57 +223,61 @@ class AVLocalizer(nn.Module):
         size = [max(1, round(side / stride)) * stride for side in images.shape[2:]]
         if tuple(size) == tuple(images.shape[2:]):
             return images
-        return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+        images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+        return images.contiguous(memory_format=torch.channels_last)
 
     def extract(self, images: torch.Tensor, spectrograms: torch.Tensor) -> PairFeatures:
         """
-        Run encoders and heads on what :meth:`preprocess` returns.
+        Run encoders and heads on what :meth:`preprocess` returns. The features are float32, also
+        under autocast.
         """
-        visual = self.visual_encoder(images)[self.visual_feature]
-        audio = global_pool(self.audio_encoder(spectrograms))
+        encoders = self.visual_encoder, self.audio_encoder
+        if self.training and self._compiled:
+            encoders = self._compiled
+        visual = encoders[0](images)[self.visual_feature]
+        audio = global_pool(encoders[1](spectrograms))
         logits_v = logits_a = None
         if self.has_heads:
-            logits_v = self.cls_v(global_pool(visual)).flatten(1)
-            logits_a = self.cls_a(audio).flatten(1)
+            logits_v = self.cls_v(global_pool(visual)).flatten(1).float()
+            logits_a = self.cls_a(audio).flatten(1).float()
         embed_v, embed_a = self.loc_v(visual).float(), self.loc_a(audio).flatten(1).float()
         if self.normalize:
             embed_v, embed_a = F.normalize(embed_v, dim=1), F.normalize(embed_a, dim=1)
         return PairFeatures(embed_v, embed_a, logits_v, logits_a)
 
-    def losses(self, features: PairFeatures, batched_inputs: list[dict]) -> dict:
+    def losses(self, features: PairFeatures, batched_inputs: Batch) -> dict:
         """
         Eq. 4, as a dict of its weighted terms.
         """
         # Under AMP the products of the scores would be in half precision.
         with torch.autocast(self.device.type, enabled=False):
             loss, accuracy = self.nce(features.visual, features.audio)
+            losses = {f"loss_{self.nce.name}": self.nce_weight * loss}
+            if self.has_heads:
+                labels = self._labels_of(batched_inputs)
+                loss = clustering_loss(features.logits_v, features.logits_a, labels)
+                losses["loss_cluster"] = (1 - self.nce_weight) * loss
         self._log(accuracy)
-        losses = {f"loss_{self.nce.name}": self.nce_weight * loss}
-        if self.has_heads:
-            labels = self._labels_of(batched_inputs)
-            loss = clustering_loss(features.logits_v, features.logits_a, labels)
-            losses["loss_cluster"] = (1 - self.nce_weight) * loss
         return losses
 
     def _log(self, accuracy: torch.Tensor) -> None:
-        storage, on_cpu = get_event_storage(), self.device.type == "cpu"
-        if not on_cpu and storage.iter % LOG_PERIOD:
+        storage, on_cpu = due_storage(self.device), self.device.type == "cpu"
+        if storage is None:
             return
         storage.put_scalar(f"{self.nce.name}/accuracy", accuracy.item(), smoothing_hint=on_cpu)
         if hasattr(self.nce, "temperature"):
             rho = self.nce.temperature.rho()
             storage.put_scalar(f"{self.nce.name}/rho", rho, smoothing_hint=on_cpu)
 
-    def _labels_of(self, batched_inputs: list[dict]) -> torch.Tensor:
+    def _labels_of(self, batched_inputs: Batch) -> torch.Tensor:
         if not len(self.labels):
             raise ValueError(
                 "there are no self-labels yet: with LAMBDA < 1 train through "
                 "avdet2.engine.AVTrainer, whose SelfLabelHook estimates them, or set model.labels"
             )
-        ids = [x["sample_id"] for x in batched_inputs]
-        return self.labels[torch.tensor(ids, device=self.labels.device)]
+        return self.labels[sample_ids_on(batched_inputs, self.labels.device)]
 
-    def localize(self, batched_inputs: list[dict]) -> tuple[torch.Tensor, PairFeatures]:
+    def localize(self, batched_inputs: Batch) -> tuple[torch.Tensor, PairFeatures]:
         """
         Heatmaps of pairs whose images have one size.
 
@@ -286,7 +298,7 @@ class AVLocalizer(nn.Module):
                 )
         return maps, features
 
-    def inference(self, batched_inputs: list[dict]) -> list[dict]:
+    def inference(self, batched_inputs: Batch) -> list[dict]:
         """
         See :meth:`forward`; images must have one size.
         """
@@ -296,7 +308,7 @@ class AVLocalizer(nn.Module):
             logits_v = logits_a = None
             cluster = 0
             if self.has_clusters:
-                logits_v, logits_a = features.logits_v[i].float(), features.logits_a[i].float()
+                logits_v, logits_a = features.logits_v[i], features.logits_a[i]
                 cluster = int((logits_v + logits_a).argmax())
             output = {
                 "heatmap": maps[i],
@@ -331,7 +343,8 @@ class AVLocalizer(nn.Module):
         """
         # Cosines say by their sign what is not heard; other scalar products have no scale.
         bounded = self.normalize or isinstance(self.nce, CorrespondenceLoss)
-        (maps,) = class_heatmaps(self.objects, visual, heat if bounded else heat.sigmoid())
+        with torch.autocast(self.device.type, enabled=False):
+            (maps,) = class_heatmaps(self.objects, visual, heat if bounded else heat.sigmoid())
         heard = heard_objects(maps)
         instances = self._instances(maps[heard], heard.tolist(), inputs)
         return {"instances": instances, "class_heatmaps": maps}

@@ -14,9 +14,10 @@ from detectron2.config import configurable
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
-from detectron2.utils.events import get_event_storage
 
+from avdet2.data.batch import Batch, views_on
 from avdet2.modeling.heads import global_pool
+from avdet2.modeling.meta_arch.common import due_storage, normalize
 from avdet2.modeling.nt_xent import NTXentLoss
 from avdet2.modeling.views import RandomView
 
@@ -67,7 +68,6 @@ class SimCLR(nn.Module):
         channels = trunk.output_shape()[feature].channels
         self.head = ProjectionHead(channels, num_layers, hidden_dim, out_dim, norm)
         self.nt_xent, self.view, self.image_format = nt_xent, view, image_format
-        self.last_accuracy: torch.Tensor | None = None
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         # Faster on CPUs, and what tensor cores want.
@@ -94,11 +94,11 @@ class SimCLR(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
+    def forward(self, batched_inputs: Batch) -> dict[str, torch.Tensor]:
         """
         Args:
-            batched_inputs: dicts of FrameMapper, with "image" (3, h, w) uint8 of any size;
-                optionally with "image2", of which the second view is made.
+            batched_inputs: dicts of FrameMapper (a list, or a PairBatch), with "image" (3, h, w)
+                uint8 of any size; optionally with "image2", of which the second view is made.
 
         Returns:
             dict: of ``loss_nt_xent``.
@@ -111,33 +111,31 @@ class SimCLR(nn.Module):
         return {"loss_nt_xent": loss}
 
     def _log(self, accuracy: torch.Tensor) -> None:
-        # That of the step before: to read this one would wait for the device, which would then
-        # have nothing to do until the backward pass arrives.
-        if self.last_accuracy is not None:
-            get_event_storage().put_scalar("simclr/accuracy", self.last_accuracy.item())
-        self.last_accuracy = accuracy
+        storage, on_cpu = due_storage(self.device), self.device.type == "cpu"
+        if storage is not None:
+            storage.put_scalar("simclr/accuracy", accuracy.item(), smoothing_hint=on_cpu)
 
-    def preprocess(self, batched_inputs: list[dict]) -> torch.Tensor:
+    def preprocess(self, batched_inputs: Batch) -> torch.Tensor:
         """
-        Normalised views (2 N, 3, SIZE, SIZE) on the model's device: first all first views, then all
-        second ones.
+        Normalised views (2 N, 3, SIZE, SIZE), float32, channels last, on the model's device: first
+        all first views, then all second ones.
         """
         first = self._frames(batched_inputs, "image")
         second = first
         if "image2" in batched_inputs[0]:
             second = self._frames(batched_inputs, "image2")
-        return self._normalize(torch.cat([self.view(first), self.view(second)]))
+        with torch.autocast(self.device.type, enabled=False):
+            return self._normalize(torch.cat([self.view(first), self.view(second)]))
 
-    def _frames(self, batched_inputs: list[dict], key: str) -> list[torch.Tensor]:
-        images = [x[key].to(self.device, non_blocking=True) for x in batched_inputs]
+    def _frames(self, batched_inputs: Batch, key: str) -> Sequence[torch.Tensor]:
+        images = views_on(batched_inputs, key, self.device)
         # Hue and grayscale are those of RGB.
         return [image.flip(0) for image in images] if self.image_format == "BGR" else images
 
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         if self.image_format == "BGR":
             images = images.flip(1)
-        images = (images * 255 - self.pixel_mean) / self.pixel_std
-        return images.contiguous(memory_format=torch.channels_last)
+        return normalize(images, self.pixel_mean / 255, self.pixel_std / 255)
 
     def _pooled(self, images: torch.Tensor) -> torch.Tensor:
         return global_pool(self.backbone["bottom_up"](images)[self.feature])

@@ -1,21 +1,19 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Self-labels, votes and evaluation on two processes give what they give on one.
+Self-labels, votes and evaluation on several processes give what they give on one.
 """
 
 import json
 import os
 import time
 from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_on_processes
 from torch import nn
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -29,10 +27,15 @@ from avdet2.data.video import MediaError
 from avdet2.engine import hooks, load_cfg
 from avdet2.evaluation import votes
 from avdet2.evaluation.build import build_evaluator
+from avdet2.evaluation.localization_evaluator import LocalizationEvaluator
+from avdet2.evaluation.votes import collect_votes
+from avdet2.modeling.meta_arch.av_localizer import PairFeatures
 
-# One process has 6 clips, the other 5 with one that cannot be read.
-CLIPS, UNREADABLE, CLUSTERS, IMAGES = 11, 8, 3, 5
-TRAIN, TESTS = "two_processes_clips", ("two_processes_first", "two_processes_second")
+# Two processes have 6 and 5 clips, three have 4, 4 and 3, of which the last cannot read any.
+CLIPS, UNREADABLE, CLUSTERS, IMAGES = 11, (8, 9, 10), 3, 5
+# Of so few clips the last of three processes has none.
+FEW = 2
+TRAIN, TRAIN_FEW, TESTS = "processes_clips", "processes_few", ("processes_1", "processes_2")
 CLASSES = ["bee", "ant", "cow"]
 
 
@@ -47,29 +50,27 @@ class TableLocalizer(nn.Module):
         generator = torch.Generator().manual_seed(1)
         self.v, self.a, self.embed = (torch.randn(CLIPS, n, generator=generator) for n in (3, 3, 4))
         self.cls_a = nn.Sequential(nn.Conv2d(4, CLUSTERS, 1))
-        self.passes = 0
+        self.num_clusters, self.passes = CLUSTERS, 0
 
-    def forward(self, inputs: list[dict]) -> list[dict]:
+    def localize(self, inputs: list[dict]) -> tuple[None, PairFeatures]:
         self.passes += 1
         ids = [x["sample_id"] for x in inputs]
-        return [
-            {"logits_v": self.v[i], "logits_a": self.a[i], "embed_a": self.embed[i]} for i in ids
-        ]
+        return None, PairFeatures(torch.empty(0), self.embed[ids], self.v[ids], self.a[ids])
 
 
 def _mapper(cfg, crop):
     def read(clip: dict) -> dict:
-        if clip["sample_id"] == UNREADABLE:
+        if clip["sample_id"] in UNREADABLE:
             raise MediaError(clip["file_name"], "made to fail")
         return clip
 
     return read
 
 
-def _clips():
+def _clips(count: int = CLIPS) -> list[dict]:
     return [
         {"file_name": f"{i}.mp4", "sample_id": i, "image_id": i, "label": i % 3}
-        for i in range(CLIPS)
+        for i in range(count)
     ]
 
 
@@ -78,15 +79,16 @@ def _cfg(folder: Path):
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (TRAIN,), TESTS
     cfg.OUTPUT_DIR, cfg.DATALOADER.NUM_WORKERS = str(folder / "out"), 0
     cfg.INPUT.MAPPER = "SelfBoxMapper"
-    cfg.TEST.LOCALIZATION.PROTOCOLS = ("single", "multi")
+    cfg.TEST.LOCALIZATION.PROTOCOLS, cfg.TEST.PLOTS = ("single", "multi"), False
     cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS = str(folder / "localizer.pth")
     cfg.MODEL.LOCALIZER.NUM_CLUSTERS, cfg.MODEL.LOCALIZER.EMBED_DIM = CLUSTERS, 4
     cfg.MODEL.LOCALIZER.SELF_LABEL.BATCH_SIZE = 4
     return cfg
 
 
-def _self_labels(cfg, **keys) -> dict:
+def _self_labels(cfg, train: str = TRAIN, **keys) -> dict:
     cfg = cfg.clone()
+    cfg.DATASETS.TRAIN = (train,)
     for key, value in keys.items():
         setattr(cfg.MODEL.LOCALIZER.SELF_LABEL, key, value)
     hook = hooks.SelfLabelHook(cfg, TableLocalizer())
@@ -104,17 +106,20 @@ def _evaluations(cfg, localizer: TableLocalizer) -> list[dict]:
     return [_evaluate(evaluator) for evaluator in evaluators]
 
 
-def _evaluate(evaluator: DatasetEvaluator) -> dict:
+def _evaluate(evaluator: DatasetEvaluator, heatmaps: bool = False) -> dict:
     evaluator.reset()
     for image in range(IMAGES)[comm.get_rank() :: comm.get_world_size()]:
-        # Drawn anew for each image: two processes see them in another order than one.
+        # Drawn anew for each image: several processes see them in another order than one.
         generator = torch.Generator().manual_seed(image)
         instances = Instances((50, 50))
         shift = torch.randint(-4, 5, (6, 4), generator=generator)
         instances.pred_boxes = Boxes(torch.tensor([[10.0, 10, 30, 30]]) + shift)
         instances.scores = torch.rand(6, generator=generator)
         instances.pred_classes = torch.randint(CLUSTERS, (6,), generator=generator)
-        evaluator.process([{"image_id": image}], [{"instances": instances}])
+        output = {"instances": instances}
+        if heatmaps:
+            output = {"heatmap": torch.rand(6, 6, generator=generator) - 0.4}
+        evaluator.process([{"image_id": image}], [output])
     return evaluator.evaluate() or {}
 
 
@@ -130,7 +135,9 @@ def _everything(folder: Path) -> dict:
         replace(*paths)
 
     DatasetCatalog.register(TRAIN, _clips)
-    MetadataCatalog.get(TRAIN).label_classes = CLASSES
+    DatasetCatalog.register(TRAIN_FEW, lambda: _clips(FEW))
+    for name in (TRAIN, TRAIN_FEW):
+        MetadataCatalog.get(name).label_classes = CLASSES
     for name in TESTS:
         register_coco_instances(name, {}, str(folder / "truth.json"), str(folder))
     try:
@@ -142,23 +149,24 @@ def _everything(folder: Path) -> dict:
                 "sinkhorn": _self_labels(cfg),
                 "gaussian": _self_labels(cfg, MARGINALS="gaussian", SIGMA=0.4, ALIGN_HEADS=True),
                 "kmeans": _self_labels(cfg, INIT="kmeans"),
+                "few": _self_labels(cfg, TRAIN_FEW, MARGINALS="gaussian"),
                 "results": _evaluations(cfg, localizer),
+                "heatmaps": _evaluate(LocalizationEvaluator(TESTS[0], None, ("single",)), True),
                 "passes": localizer.passes,
+                "votes": vars(collect_votes(TableLocalizer(), cfg, _clips())),
+                "few votes": vars(collect_votes(TableLocalizer(), cfg, _clips(FEW))),
+                "no votes": _message(collect_votes, TableLocalizer(), cfg, _clips()[8:]),
             }
     finally:
-        for name in (TRAIN, *TESTS):
+        for name in (TRAIN, TRAIN_FEW, *TESTS):
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
 
 
-def _on_one_of_two_processes(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    # A process that waits for the other in vain fails.
-    wait = timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{folder}/store", wait, rank=rank, world_size=2)
-    torch.save(_everything(Path(folder)), f"{folder}/rank{rank}.pth")
-    dist.barrier()
-    dist.destroy_process_group()
+def _message(function, *args) -> str:
+    with pytest.raises(ValueError) as error:
+        function(*args)
+    return str(error.value)
 
 
 def _write_files(folder: Path) -> None:
@@ -176,53 +184,76 @@ def _write_files(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory) -> tuple[dict, list[dict]]:
+def one(tmp_path_factory) -> dict:
     """
-    The results of one process, and those of rank 0 and rank 1.
+    The results of one process.
     """
-    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
-    _write_files(alone)
-    _write_files(together)
-    mp.spawn(_on_one_of_two_processes, args=(str(together),), nprocs=2)
-    parts = [torch.load(together / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
-    return _everything(alone), parts
+    folder = tmp_path_factory.mktemp("alone")
+    _write_files(folder)
+    return _everything(folder)
 
 
-@pytest.mark.parametrize("kind", ["sinkhorn", "gaussian", "kmeans"])
-def test_all_processes_have_the_self_labels_of_one(one_and_two, kind):
-    one, two = one_and_two
+@pytest.fixture(scope="module", params=[2, 3])
+def processes(request, tmp_path_factory) -> list[dict]:
+    """
+    The results of all ranks.
+    """
+    folder = tmp_path_factory.mktemp("together")
+    _write_files(folder)
+    return run_on_processes(_everything, request.param, folder, folder)
+
+
+@pytest.mark.parametrize("kind", ["sinkhorn", "gaussian", "kmeans", "few"])
+def test_all_processes_have_the_self_labels_of_one(one, processes, kind):
     labels = one[kind]["labels"]
-    assert (labels < 0).nonzero().flatten().tolist() == [UNREADABLE]
-    assert all(torch.equal(part[kind]["labels"], labels) for part in two)
-    assert two[0][kind]["scalars"] == pytest.approx(one[kind]["scalars"])
+    unreadable = () if kind == "few" else UNREADABLE
+    assert tuple((labels < 0).nonzero().flatten().tolist()) == unreadable
+    assert all(torch.equal(part[kind]["labels"], labels) for part in processes)
+    assert processes[0][kind]["scalars"] == pytest.approx(one[kind]["scalars"])
 
 
-def test_agreement_with_eq6_is_that_of_all_clips(one_and_two):
-    one, two = one_and_two
+def test_agreement_with_eq6_is_that_of_all_clips(one, processes):
     model, labels = TableLocalizer(), one["sinkhorn"]["labels"]
     same = ((model.v + model.a).argmax(dim=1) == labels).float()
-    share = same.sum() / (CLIPS - 1)
-    # The first process's clips alone would give another number.
+    share = same.sum() / (CLIPS - len(UNREADABLE))
+    # The clips of the first of two processes alone would give another number.
     assert same[:6].mean() != share
-    logged = two[0]["sinkhorn"]["scalars"]["self_label/eq6_agreement"]
+    logged = processes[0]["sinkhorn"]["scalars"]["self_label/eq6_agreement"]
     assert logged == pytest.approx(float(share))
 
 
-def test_evaluation_is_that_of_one_process(one_and_two):
-    one, two = one_and_two
-    for expected, found in zip(one["results"], two[0]["results"], strict=True):
+def _exactly(expected: dict):
+    return pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+
+
+def test_evaluation_is_that_of_one_process(one, processes):
+    first, *others = processes
+    for expected, found in zip(one["results"], first["results"], strict=True):
         tasks = {"bbox", "bbox_agnostic", "clusters", "localization"}
         assert expected.keys() == tasks == found.keys()
         assert 0 < expected["bbox"]["AP50"] < 100
         assert 0 < expected["localization"]["multi_cIoU"] < 100
         assert 0 < expected["localization"]["single_cIoU"] < 100
         for task in expected:
-            assert found[task] == pytest.approx(expected[task], nan_ok=True)
-    assert two[1]["results"] == [{}, {}]
+            assert found[task] == _exactly(expected[task])
+    expected = one["heatmaps"]["localization"]
+    assert 0 < expected["single_cIoU"] < 100
+    assert first["heatmaps"]["localization"] == _exactly(expected)
+    assert all(part["results"] == [{}, {}] and part["heatmaps"] == {} for part in others)
 
 
-def test_the_second_test_set_uses_the_votes_of_the_first(one_and_two):
-    one, two = one_and_two
-    # 10 readable clips of 11 in batches of 4; 6 and 5 clips are two batches for each process.
-    assert one["passes"] == 3
-    assert [part["passes"] for part in two] == [2, 2]
+def test_all_processes_have_the_votes_of_one(one, processes):
+    for name in ("votes", "few votes"):
+        expected = one[name]
+        count = FEW if name == "few votes" else CLIPS - len(UNREADABLE)
+        assert expected["sample_ids"].tolist() == list(range(count))
+        for part in processes:
+            assert all(torch.equal(part[name][key], expected[key]) for key in expected)
+    assert all("no clip votes" in part["no votes"] for part in (one, *processes))
+
+
+def test_the_second_test_set_uses_the_votes_of_the_first(one, processes):
+    # Batches of 4: the unreadable clips at the end are a batch, or part of one.
+    assert one["passes"] == 2
+    passes = {2: [2, 1], 3: [1, 1, 0]}
+    assert [part["passes"] for part in processes] == passes[len(processes)]

@@ -1,0 +1,73 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+SOLVER.OPTIMIZER on Detectron2's parameter groups.
+"""
+
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+
+from avdet2.engine.lars import LARS
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """
+    The optimizer of a training. The temperature has no weight decay.
+
+    With SOLVER.FUSED, SGD, Adam and AdamW update all parameters in one kernel where these are on a
+    CUDA device. A checkpoint's own setting is not taken over: a training may go on elsewhere.
+
+    Args:
+        cfg: SOLVER is read.
+        model: on its device.
+
+    Raises:
+        ValueError: an unknown SOLVER.OPTIMIZER.
+    """
+    solver = cfg.SOLVER
+    params = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        overrides={"rho_scale": {"weight_decay": 0.0}},
+    )
+    momentum = {"momentum": solver.MOMENTUM}
+    fused = {"fused": True} if solver.FUSED and _all_on_cuda(model) else {}
+    choices = {
+        "SGD": (torch.optim.SGD, {**momentum, **fused, "nesterov": solver.NESTEROV}),
+        "Adam": (torch.optim.Adam, fused),
+        "AdamW": (torch.optim.AdamW, fused),
+        "LARS": (LARS, {**momentum, "eta": solver.LARS_ETA}),
+    }
+    if solver.OPTIMIZER not in choices:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER must be one of {', '.join(choices)}, not {solver.OPTIMIZER!r}"
+        )
+    optimizer_class, options = choices[solver.OPTIMIZER]
+    optimizer_class = maybe_add_gradient_clipping(cfg, optimizer_class)
+    optimizer = optimizer_class(params, solver.BASE_LR, **options)
+    optimizer.register_load_state_dict_pre_hook(keep_own_kernel)
+    return optimizer
+
+
+def _all_on_cuda(model: nn.Module) -> bool:
+    return all(value.is_cuda for value in model.parameters() if value.requires_grad)
+
+
+def keep_own_kernel(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+    """
+    An optimizer's saved state with the implementation ("fused") that this optimizer was made with,
+    which decides where the count of steps has to lie.
+    """
+    groups = [
+        {**saved, "fused": own["fused"]} if "fused" in own else saved
+        for saved, own in zip(state_dict["param_groups"], optimizer.param_groups)
+    ]
+    # A difference in number is the optimizer's to refuse.
+    groups += state_dict["param_groups"][len(groups) :]
+    return {**state_dict, "param_groups": groups}

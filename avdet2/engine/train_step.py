@@ -1,0 +1,226 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+One iteration of training: mixed precision, and losses that are looked at only now and then.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TrainStep(SimpleTrainer):
+    """
+    Detectron2's SimpleTrainer and AMPTrainer in one, on any device.
+
+    To look at a loss is to wait for the device, and for the other processes. Between two looks the
+    losses stay where they are, and the device always has work to do. At a look, the means since the
+    last one are logged. A look comes before each checkpoint: a model whose losses are not finite is
+    never saved.
+
+    Attributes:
+        max_iter: the last iteration is ``max_iter - 1``; who runs the steps may change it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: str | None = None,
+        metric_period: int = 1,
+        checkpoint_period: int = 0,
+        max_iter: float = math.inf,
+    ) -> None:
+        """
+        Args:
+            model, data_loader, optimizer: see SimpleTrainer.
+            precision: "fp16" (with a scaled loss), "bf16", or None for that of the parameters.
+            metric_period: iterations between two looks.
+            checkpoint_period: iterations between two checkpoints; 0: none.
+            max_iter: the number of iterations.
+
+        Raises:
+            ValueError: a precision that is unknown, or that the device does not train in; or a
+                period below 1.
+        """
+        device = next(model.parameters()).device.type
+        if precision is not None:
+            check_precision(precision, device)
+        if metric_period < 1:
+            raise ValueError(f"SOLVER.METRIC_PERIOD must be at least 1, not {metric_period}")
+        super().__init__(model, data_loader, optimizer)
+        self.metric_period, self.checkpoint_period = metric_period, checkpoint_period
+        self.max_iter = max_iter
+        self._device, self._dtype = device, PRECISIONS.get(precision)
+        self.grad_scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+        # Losses and seconds of loading of the iterations since the last look.
+        self._unseen: list[tuple[dict[str, torch.Tensor], float]] = []
+
+    @classmethod
+    def from_config(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+    ) -> "TrainStep":
+        """
+        The step that SOLVER describes.
+        """
+        solver = cfg.SOLVER
+        return cls(
+            model,
+            data_loader,
+            optimizer,
+            precision=solver.AMP.PRECISION if solver.AMP.ENABLED else None,
+            metric_period=solver.METRIC_PERIOD,
+            checkpoint_period=solver.CHECKPOINT_PERIOD,
+            max_iter=solver.MAX_ITER,
+        )
+
+    def run_step(self) -> None:
+        """
+        As stock, but for the class's two differences.
+
+        Raises:
+            FloatingPointError: on all processes; losses since the last look, or at a checkpoint the
+                weights, are not finite.
+        """
+        assert self.model.training, "the model was changed to eval mode"
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
+            losses = self.model(data)
+        if isinstance(losses, torch.Tensor):
+            losses = {"total_loss": losses}
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(sum(losses.values())).backward()
+        self._unseen.append(({key: x.detach() for key, x in losses.items()}, data_time))
+        saves = self._saves()
+        if saves or (self.iter + 1) % self.metric_period == 0:
+            self._look()
+        # Here and not in step(): a clipping or fused optimizer would get scaled gradients.
+        self.grad_scaler.unscale_(self.optimizer)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        if saves:
+            self._check_weights()
+
+    def _saves(self) -> bool:
+        """
+        Whether PeriodicCheckpointer writes a checkpoint after this iteration.
+        """
+        done = self.iter + 1
+        is_due = self.checkpoint_period > 0 and done % self.checkpoint_period == 0
+        return is_due or done >= self.max_iter
+
+    def _look(self) -> None:
+        """
+        Log the means of the losses, over iterations and processes, since the last look; of the
+        seconds of loading, the slowest process's.
+        """
+        unseen, self._unseen = self._unseen, []
+        # One wait for all of them.
+        numbers = iter(torch.stack([x for losses, _ in unseen for x in losses.values()]).tolist())
+        rows = [{key: next(numbers) for key in losses} for losses, _ in unseen]
+        # All processes raise together: what follows an error may be for all of them.
+        gathered = comm.all_gather((rows, [seconds for _, seconds in unseen]))
+        means = [_means(rows) for rows in zip(*(rows for rows, _ in gathered))]
+        self._check_losses(means)
+        if not comm.is_main_process():
+            return
+        storage, is_noisy = get_event_storage(), self.metric_period == 1
+        slowest = np.max([seconds for _, seconds in gathered], axis=0)
+        storage.put_scalar("data_time", np.mean(slowest))
+        total = np.mean([sum(losses.values()) for losses in means])
+        storage.put_scalar("total_loss", total, smoothing_hint=is_noisy)
+        losses = _means(means)
+        if len(losses) > 1:
+            storage.put_scalars(**losses, smoothing_hint=is_noisy)
+
+    def _check_losses(self, means: list[dict[str, float]]) -> None:
+        first = self.iter - len(means) + 1
+        for iteration, losses in enumerate(means, first):
+            if not math.isfinite(sum(losses.values())):
+                raise FloatingPointError(
+                    f"Loss became infinite or NaN at iteration={iteration}!\n"
+                    f"loss_dict = {losses}\n(the losses of iterations {first} to {self.iter} were "
+                    "looked at together, see SOLVER.METRIC_PERIOD)"
+                )
+
+    def _check_weights(self) -> None:
+        values = [x for x in self.model.parameters() if x.requires_grad]
+        if not torch.stack([x.detach().isfinite().all() for x in values]).all():
+            raise FloatingPointError(
+                f"Weights became infinite or NaN at iteration={self.iter}: there is no checkpoint "
+                "of it"
+            )
+
+    def state_dict(self) -> dict:
+        """
+        Stock state, with AMPTrainer's key for the scaler where there is one.
+        """
+        state = super().state_dict()
+        if self.grad_scaler.is_enabled():
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """
+        Load what this class, SimpleTrainer or AMPTrainer saved, in whatever precision.
+        """
+        super().load_state_dict(state_dict)
+        scaler = state_dict.get("grad_scaler")
+        if not self.grad_scaler.is_enabled():
+            return
+        if scaler:
+            self.grad_scaler.load_state_dict(scaler)
+        else:
+            logger.info("the checkpoint was trained without a scaled loss: its scale starts anew")
+
+
+def check_precision(precision: str, device: str) -> None:
+    """
+    Args:
+        precision: SOLVER.AMP.PRECISION, where AMP is enabled.
+        device: the type of MODEL.DEVICE.
+
+    Raises:
+        ValueError: it is unknown, or the device does not train in it.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"SOLVER.AMP.PRECISION must be one of {', '.join(PRECISIONS)}, not {precision!r}"
+        )
+    if precision == "fp16" and device != "cuda":
+        raise ValueError(
+            f"SOLVER.AMP.PRECISION fp16 needs a CUDA device: on MODEL.DEVICE {device} set it to "
+            "bf16, or SOLVER.AMP.ENABLED to False"
+        )
+
+
+def _means(rows: Iterable[dict[str, float]]) -> dict[str, float]:
+    """
+    The means of dicts by key, each over those that have it.
+    """
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            values.setdefault(key, []).append(value)
+    return {key: float(np.mean(x)) for key, x in values.items()}

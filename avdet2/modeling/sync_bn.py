@@ -1,0 +1,55 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Batch norm over all processes where torch's own works on GPUs only.
+"""
+
+import logging
+
+import torch
+from torch import nn
+
+from detectron2.layers import NaiveSyncBatchNorm
+
+logger = logging.getLogger(__name__)
+
+
+class AnySyncBatchNorm(NaiveSyncBatchNorm):
+    """
+    Detectron2's batch norm over processes, in float32 also under autocast to bfloat16, whose
+    squares would be too coarse for a variance.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.float()).to(input.dtype)
+
+
+def replace_sync_bn(model: nn.Module) -> int:
+    """
+    Let every nn.SyncBatchNorm of a model become an :class:`AnySyncBatchNorm`, in place, with the
+    same parameters, buffers and names.
+
+    Returns:
+        int: how many there were.
+    """
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.SyncBatchNorm):
+                setattr(parent, name, _replacement(child))
+                count += 1
+    if count:
+        logger.info(
+            f"{count} nn.SyncBatchNorm, which are for GPUs, are replaced by Detectron2's "
+            "NaiveSyncBatchNorm"
+        )
+    return count
+
+
+def _replacement(norm: nn.SyncBatchNorm) -> AnySyncBatchNorm:
+    new = AnySyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
+    # The very same tensors.
+    for name, value in norm.named_parameters(recurse=False):
+        setattr(new, name, value)
+    for name, value in norm.named_buffers(recurse=False):
+        setattr(new, name, value)
+    return new.train(norm.training)

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+Runs the frozen localizer once over all prepared frames and keeps its heatmaps.
+
+    python tools/cache_heatmaps.py --config-file output/localizer_joint/config.yaml \\
+        --prepared prepared --output heatmaps MODEL.WEIGHTS output/localizer_joint/model_final.pth
+
+Run again, it goes on where it stopped; finished shards are not touched. A detector then reads the
+heatmaps in place of running the localizer, with MODEL.SELF_BOX.HEATMAPS heatmaps and
+DATASETS.PREPARED prepared. With --num-gpus (also on CPUs) several processes share the shards.
+"""
+
+import argparse
+
+from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from avdet2.data.heatmap_writer import write_heatmaps
+from avdet2.engine import setup
+from avdet2.engine.launch import launch
+from avdet2.modeling.folding import fold_batch_norms
+from avdet2.modeling.frozen import build_localizer
+
+
+def main(args: argparse.Namespace) -> None:
+    """
+    Build the localizer, run it over this process's share of the frames, and count.
+    """
+    # Only the prepared form is read: the videos need not be there.
+    args.opts = [*(args.opts or []), "DATASETS.PREPARED", args.prepared, "DATASETS.VIDEOS", ""]
+    args.opts += ["OUTPUT_DIR", args.output]
+    args.eval_only = True
+    cfg = setup(args)
+    weights = cfg.MODEL.WEIGHTS
+    if not PathManager.isfile(weights):
+        raise ValueError(f"MODEL.WEIGHTS {weights!r} is not a file: give the localizer's weights")
+    model = fold_batch_norms(build_localizer(cfg, args.config_file, weights))
+    counts = write_heatmaps(model, cfg, weights, args.prepared, args.output)
+    failed = [f"{number} x {reason}" for reason, number in counts.items() if reason and number]
+    total = sum(counts.values()) - counts[""]
+    failures = f", {total} have none: {', '.join(failed)}" if failed else ""
+    share = f" (share {comm.get_rank() + 1} of {comm.get_world_size()})"
+    print(
+        f"{args.output}{share if comm.get_world_size() > 1 else ''}: {counts['']} frames have "
+        f"heatmaps{failures}"
+    )
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument("--prepared", required=True, help="folder that prepare_clips.py wrote")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    launch(main, parser.parse_args())
