@@ -264,7 +264,7 @@ def _add_test(cfg: CN) -> None:
 
 def _add_distributed(cfg: CN) -> None:
     # Seconds that a process waits for the others. One that is lost, or hangs, ends the job with an
-    # error after that time. Object gathers on GPUs keep PyTorch's own 30 minutes.
+    # error after that time.
     cfg.DISTRIBUTED = CN()
     cfg.DISTRIBUTED.TIMEOUT = 1800.0
 

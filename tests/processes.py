@@ -9,6 +9,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import BaseContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +23,17 @@ from detectron2.utils import comm
 
 # Seconds that the processes have together, and that one of them waits for another.
 TIMEOUT, WAIT = 180, 60
+
+
+def fork_server() -> BaseContext:
+    """
+    The context of processes that a server starts in no time, as it has imported everything.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["avdet2.engine"])
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        ensure_running()
+    return context
 
 
 def run_on_processes(
@@ -44,16 +57,14 @@ def run_on_processes(
         TimeoutError: the processes did not end.
     """
     folder = tempfile.mkdtemp(prefix=f"{world_size}_processes_", dir=tmp_path)
-    # Children of one server that has imported everything: starting them takes no time.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["avdet2.engine"])
-    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
-        processes = mp.start_processes(
-            _run,
-            (function, world_size, folder, args),
-            world_size,
-            join=False,
-            start_method="forkserver",
-        )
+    fork_server()
+    processes = mp.start_processes(
+        _run,
+        (function, world_size, folder, args),
+        world_size,
+        join=False,
+        start_method="forkserver",
+    )
     end = time.monotonic() + TIMEOUT
     while not processes.join(timeout=1):
         if time.monotonic() > end:

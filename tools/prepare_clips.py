@@ -31,7 +31,9 @@ def get_parser() -> argparse.ArgumentParser:
     The command line.
     """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__,
+        epilog="Example: python tools/prepare_clips.py --folder videos --output prepared",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--clips", help="clip list: csv or jsonl with file, start, duration")
@@ -39,7 +41,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder for the shards")
     parser.add_argument("--root", default="", help="folder of the files in the list; else its own")
     parser.add_argument("--clip-seconds", type=float, default=10.0, help="with --folder")
-    parser.add_argument("--index", default=None, help="file that keeps what is known of the videos")
+    parser.add_argument(
+        "--index",
+        help="file that keeps what is known of the videos, else LIST.index.npz, or "
+        "OUTPUT/videos.index.npz with --folder",
+    )
     parser.add_argument("--fps", type=float, default=4.0, help="frames a second")
     parser.add_argument("--short-side", type=int, default=256, help="of the frames; never enlarged")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
@@ -77,7 +83,7 @@ def write_failures(path: Path, failures: list[dict[str, Any]]) -> None:
 
 def warn_of_outdated(outdated: list[tuple[str, Path]]) -> None:
     """
-    Say which videos are newer than what was made of them: finished shards are never rewritten.
+    Say which videos are not what was prepared any more: finished shards are never rewritten.
     """
     if outdated:
         shards = sorted({shard.stem for _, shard in outdated})
@@ -96,16 +102,20 @@ def main(args: argparse.Namespace) -> None:
     """
     source = args.clips or args.folder
     root = args.folder or args.root or os.path.dirname(os.path.abspath(source))
-    found = scan_clips(source, args.root, args.clip_seconds, args.index)
+    # A list's is beside it.
+    index = args.index or (os.path.join(args.output, "videos.index.npz") if args.folder else None)
+    found = scan_clips(source, args.root, args.clip_seconds, index)
     failures = [{"file": file, "reason": reason} for file, reason in found.skipped]
     settings = PackSettings(args.fps, args.short_side, args.quality, args.sample_rate)
     with PackedWriter(args.output, settings, root, args.shard_mb << 20) as writer:
-        warn_of_outdated(writer.present.outdated(found.clips))
-        todo = [clip for clip in found.clips if clip not in writer.present]
+        todo, outdated = writer.compare(found.clips)
+        warn_of_outdated(outdated)
         pack = partial(pack_or_fail, settings=settings, root=writer.root)
-        results = parallel_map(pack, todo, min(args.workers, len(todo)))
-        for clip, result in zip(todo, tqdm(results, "Preparing clips", len(todo), unit="clip")):
+        clips = (found.clips[i] for i in todo)
+        results = parallel_map(pack, clips, min(args.workers, len(todo)))
+        for i, result in zip(todo, tqdm(results, "Preparing clips", len(todo), unit="clip")):
             if isinstance(result, MediaError):
+                clip = found.clips[i]
                 place = {"file": clip["file_name"], "start": clip["start"]}
                 failures.append({**place, "reason": result.reason, "detail": result.detail})
             else:

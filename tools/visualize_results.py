@@ -74,11 +74,14 @@ def readable(
     clips: Sequence[dict], mapper: AVMapper, count: int
 ) -> Iterator[tuple[dict, np.ndarray]]:
     """
-    Clips at equal steps, with their middle frames (H, W, 3) RGB; bad ones are left out.
+    Clips at equal steps, each read once: what the mapper makes of them, with their middle frames
+    (H, W, 3) RGB; bad ones are left out.
     """
     for i in np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int):
         try:
-            yield clips[i], mapper.read(clips[i])[0]
+            clip = clips[i]
+            sample = mapper.read(clip)
+            yield mapper.output(clip, *sample), sample[0]
         except MediaError as error:
             print(f"left out {error}")
 
@@ -104,7 +107,7 @@ def draw_heatmaps(stage: Path, path: Path, count: int) -> None:
     images, titles = [], []
     for clip, frame in tqdm(readable(clips, mapper, count), "heatmaps", count):
         with torch.no_grad():
-            output = model([mapper(clip)])[0]
+            output = model([clip])[0]
         found = output["instances"]
         classes = found.pred_classes.tolist()
         heat = overlay_heatmap(frame, output["heatmap"].cpu().numpy())

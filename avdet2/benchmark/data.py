@@ -144,13 +144,8 @@ def _timed(
         for clip in clips * count:
             read(clip)
 
-    found = alternate({name: partial(read_all, *way) for name, way in ways.items()}, rounds)
-    timings = {}
-    for name, timing in found.items():
-        items = len(clips) * ways[name][1]
-        wall, cpu = ([seconds / items for seconds in of] for of in (timing.wall, timing.cpu))
-        timings[name] = Timing(tuple(wall), tuple(cpu))
-    return timings
+    candidates = {name: partial(read_all, *way) for name, way in ways.items()}
+    return alternate(candidates, rounds, {k: len(clips) * way[1] for k, way in ways.items()})
 
 
 def _mapper(cfg: CfgNode, prepared: str) -> AVMapper:

@@ -34,8 +34,8 @@ from avdet2.config_file import load_cfg
 from avdet2.data.av_mapper import limit_threads, to_image_tensor
 from avdet2.data.heatmap_writer import write_heatmaps
 from avdet2.data.loaders import build_list_loader
+from avdet2.data.packed import PackedClips
 from avdet2.data.self_box_mapper import SelfBoxMapper
-from avdet2.data.stored_clips import StoredClips
 from avdet2.data.windows import random_window
 from avdet2.modeling.frozen import load_localizer
 
@@ -78,7 +78,7 @@ class StoredBoxMapper:
             cfg: of the detector, with DATASETS.PREPARED.
             fraction: of the short side, that a window has.
         """
-        self.clips = StoredClips(cfg.DATASETS.PREPARED)
+        self.clips = PackedClips(cfg.DATASETS.PREPARED)
         self.size, self.image_format = cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.INPUT.FORMAT
         self.fraction, self.flip = fraction, cfg.INPUT.RANDOM_FLIP == "horizontal"
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from avdet2.benchmark.machine import process_bytes
 from avdet2.benchmark.sinkhorn import Case, make_logits
 from avdet2.benchmark.timing import Report
 from avdet2.data.clip_index import Index, list_key, write_index
@@ -178,18 +179,10 @@ def _cost(function: Callable[[], Any]) -> _Cost:
     # The peak so far becomes what is there now; without that it only counts what goes above it.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    before, start = _memory("VmRSS"), time.process_time()
+    before, start = process_bytes("VmRSS"), time.process_time()
     result = function()
     seconds = time.process_time() - start
-    return _Cost(result, seconds, _memory("VmHWM") - before, _memory("VmRSS") - before)
-
-
-def _memory(name: str) -> float:
-    """
-    Bytes of memory of this process by a name in /proc/self/status, which Linux has.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return _Cost(result, seconds, process_bytes("VmHWM") - before, process_bytes("VmRSS") - before)
 
 
 def _microseconds(function: Callable[[Any], Any], items: list[Any], rounds: int) -> float:

@@ -229,9 +229,9 @@ def _compare_mappers(
         return make
 
     repeats = 10
-    few = alternate({"on the fly": samples("", 1)}, args.rounds, items=count)
-    many = alternate({"cached": samples(cache, repeats)}, args.rounds, items=count * repeats)
-    timing, baseline = many["cached"], few["on the fly"]
+    ways = {"cached": samples(cache, repeats), "on the fly": samples("", 1)}
+    items = {"cached": count * repeats, "on the fly": count}
+    timing, baseline = alternate(ways, args.rounds, items).values()
     bar = None if args.quick else CACHED
     report.comparisons.append(
         Comparison("mapper: cached heatmaps", "on the fly", timing, baseline, bar)

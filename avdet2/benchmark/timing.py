@@ -125,7 +125,7 @@ class Report:
 def alternate(
     candidates: Mapping[str, Callable[[], Any]],
     rounds: int = 5,
-    items: int = 1,
+    items: int | Mapping[str, int] = 1,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """
@@ -139,13 +139,14 @@ def alternate(
     Args:
         candidates: functions by name.
         rounds: how often each is timed.
-        items: what one call works through; times are divided by it.
+        items: what one call works through, of all or by name; times are divided by it.
         device: a GPU is waited for before the clock is read.
 
     Raises:
         ValueError: `rounds` or `items` below 1.
     """
-    if rounds < 1 or items < 1:
+    counts = items if isinstance(items, Mapping) else dict.fromkeys(candidates, items)
+    if rounds < 1 or min(counts.values(), default=1) < 1:
         raise ValueError(f"rounds and items must be at least 1, but are {rounds} and {items}.")
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     # Only shown in a terminal.
@@ -157,7 +158,7 @@ def alternate(
         for i in range(rounds + 1):
             for name in list(candidates)[:: -1 if i % 2 else 1]:
                 progress.set_description(name)
-                wall, cpu = (seconds / items for seconds in _spent(candidates[name], device))
+                wall, cpu = (x / counts[name] for x in _spent(candidates[name], device))
                 if i:
                     found[name].append((wall, cpu))
                     times = f"{1000 * wall:.4g} ms, CPU {1000 * cpu:.4g} ms"

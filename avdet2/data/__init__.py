@@ -1,4 +1,17 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+From videos to batches.
+
+* Clips: `clips` registers lists (`clip_list`) and folders of videos, with an index of what is known
+  of the files (`clip_index`, `file_table`), as a table (`clip_table`); `datasets` has the paper's.
+* A sample: mappers (`av_mapper`, `frame_mapper`, `self_box_mapper`) cut `windows` of frames and
+  take the sound around them, from videos (`video`, `sound_frames`, `waveform`) or from their
+  prepared form (`packed`, made by `packed_writer`).
+* Self-boxes: heatmaps of windows (`window_maps`) on the fly or out of a cache (`heatmap_cache`,
+  made by `heatmap_writer` of `heatmap_clips`).
+* Batches: `loaders` and `batch`.
+"""
+
 from avdet2.data import datasets  # noqa: F401
 from avdet2.data.av_mapper import AVMapper  # noqa: F401
 from avdet2.data.clips import register_av_clips  # noqa: F401

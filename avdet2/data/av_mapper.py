@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-A clip's dict to a frame and its sound, for the localizer.
+A clip's dict to a frame and its sound, for the localizer: what the loaders call for each sample.
 """
 
 import logging
@@ -16,7 +16,8 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 
 from avdet2.data.packed import ClipReader
-from avdet2.data.video import MediaError, audio_to_int16, read_audio
+from avdet2.data.video import MediaError, read_audio
+from avdet2.data.waveform import audio_to_int16
 from avdet2.data.windows import center_window, random_window
 
 logger = logging.getLogger(__name__)
@@ -177,9 +178,12 @@ class AVMapper:
         """
         limit_threads()
         sample = self.read(dataset_dict)
-        if sample is None:
-            return None
-        frame, waveform = sample
+        return None if sample is None else self.output(dataset_dict, *sample)
+
+    def output(self, dataset_dict: dict, frame: np.ndarray, waveform: np.ndarray) -> dict:
+        """
+        What :meth:`__call__` returns, of what :meth:`read` gave.
+        """
         image = to_image_tensor(frame, self._transforms(*frame.shape[:2]), self.image_format)
         output = {key: value for key, value in dataset_dict.items() if key != "annotations"}
         # What boxes in the image refer to: the frame as it was read (a prepared one is smaller than

@@ -1,10 +1,11 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
 What is known of video files, kept in an index: size, length, whether they can be used; and the
-clip list that names them, as columns, so that it is parsed once.
+clip list that names them, as columns, so that it is parsed once. :mod:`avdet2.data.clips` makes
+clips of both.
 
 An index is a plain npz file, written as a whole and then renamed, so it is never half there; a
-missing or damaged one is made anew.
+missing or damaged one is made anew, and so is the list of one that another version wrote.
 """
 
 import fcntl
@@ -15,7 +16,8 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from threading import Thread
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # While files are probed, the index is saved after so many of them, and later on after a tenth more.
 SAVE_EVERY = 5000
+# Counts up when lists are parsed in another way, or their columns mean something else.
+_VERSION = b"2"
 _ROWS = {
     "row_file": np.int32,
     "row_start": np.float64,
@@ -60,9 +64,9 @@ class Index(NamedTuple):
 
 def list_key(source: str, base: str) -> str:
     """
-    A hash of a clip list's content and the folder its files are in.
+    A hash of a clip list's content and the folder its files are in, and of how it is stored.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_VERSION)
     with open(source, "rb") as stream:
         for block in iter(partial(stream.read, 1 << 20), b""):
             digest.update(block)
@@ -224,6 +228,9 @@ def read_index(index: str) -> Index:
 def _check(
     files: FileNames, columns: dict[str, np.ndarray], problems: list[str], rows: ClipList | None
 ) -> None:
+    # Without a prefix names are absolute.
+    if files.prefixes == ("",) and (files.text[files.offsets[:-1]] != ord("/")).any():
+        raise ValueError("names of files without their folder")
     lengths = {len(files), *map(len, columns.values())}
     if len(lengths) != 1 or not _counts(columns["problem"], len(problems)):
         raise ValueError(f"columns of {sorted(lengths)} files")
@@ -285,18 +292,30 @@ def parallel_map(
 ) -> Iterator[Any]:
     """
     `map` in several processes: results in order, a few items ahead of what is taken.
+
+    Raises:
+        ValueError: a process was killed, with the items that it may have been at.
     """
     if workers <= 1:
         yield from map(function, items)
         return
     with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
-        pending: deque[Any] = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        pending: deque[tuple[Any, Future]] = deque()
+        try:
+            for item in items:
+                pending.append((item, pool.submit(function, item)))
+                if len(pending) >= 4 * workers:
+                    yield pending[0][1].result()
+                    pending.popleft()
+            while pending:
+                yield pending[0][1].result()
+                pending.popleft()
+        except BrokenProcessPool as error:
+            unfinished = [str(item) for item, future in pending if future.exception()]
+            raise ValueError(
+                "a process was killed, by the system for want of memory or by a file that crashes "
+                f"its decoder, at one of these: {'; '.join(unfinished[:workers])}"
+            ) from error
 
 
 def _end_with_parent() -> None:

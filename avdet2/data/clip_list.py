@@ -2,7 +2,7 @@
 """
 Clip lists: a csv file with a header, or a jsonl file with one object a line: `file`, `start` and
 `duration` in seconds, optionally `label`. A clip with several labels has them joined by "|" (csv)
-or in a list (jsonl).
+or in a list (jsonl). :mod:`avdet2.data.clip_index` keeps what was read.
 """
 
 import csv
@@ -111,23 +111,30 @@ def read_clip_columns(path: str, root: str = "") -> ClipList:
 def _csv_records(path: str) -> Iterator[_Record]:
     with open(path, encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream)
-        header = [name.strip() for name in next(reader, [])]
-        if not {"file", "start", "duration"} <= set(header):
+        try:
+            yield from _csv_rows(path, reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, after line {reader.line_num}: not a csv: {error}") from error
+
+
+def _csv_rows(path: str, reader: Any) -> Iterator[_Record]:
+    header = [name.strip() for name in next(reader, [])]
+    if not {"file", "start", "duration"} <= set(header):
+        raise ValueError(
+            f"{path}, line 1: expected a header with the columns file,start,duration and "
+            f"optionally label, found {','.join(header)[:80]!r}"
+        )
+    pick = itemgetter(*(header.index(name) for name in ClipRow._fields if name in header))
+    rest = () if "label" in header else ("",)
+    width = len(header)
+    for fields in reader:
+        if len(fields) == width:
+            yield (reader.line_num, *pick(fields), *rest)
+        elif fields:
             raise ValueError(
-                f"{path}, line 1: expected a header with the columns file,start,duration and "
-                f"optionally label, found {','.join(header)[:80]!r}"
+                f"{path}, line {reader.line_num}: expected {width} fields "
+                f"({','.join(header)}), found {len(fields)}"
             )
-        pick = itemgetter(*(header.index(name) for name in ClipRow._fields if name in header))
-        rest = () if "label" in header else ("",)
-        width = len(header)
-        for fields in reader:
-            if len(fields) == width:
-                yield (reader.line_num, *pick(fields), *rest)
-            elif fields:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: expected {width} fields "
-                    f"({','.join(header)}), found {len(fields)}"
-                )
 
 
 def _jsonl_records(path: str) -> Iterator[_Record]:

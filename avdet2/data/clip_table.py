@@ -1,6 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Clips as columns: millions of them without a Python object for each.
+Clips as columns: millions of them without a Python object for each. What
+:mod:`avdet2.data.clips` registers, and what mappers and loaders get their dicts from.
 
 Processes that are forked share the columns (nothing in them counts references), and a dict is made
 of a clip when it is asked for.

@@ -1,6 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Clip lists and folders of videos as registered data sets.
+Clip lists and folders of videos as registered data sets: the way from files to clips. A list is
+read by :mod:`avdet2.data.clip_list`, videos are looked at by :mod:`avdet2.data.clip_index`.
 
 What is known of the files is kept in an index, so that a file is opened once and not at every
 start; the clips are a table, not dicts (:mod:`avdet2.data.clip_table`).

@@ -1,6 +1,8 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
 Names of files, and what is known of them, as columns: millions without a Python object for each.
+Clip lists (:mod:`avdet2.data.clip_list`), their index and clips (:mod:`avdet2.data.clip_table`) are
+made of these.
 """
 
 from collections.abc import Iterable, Sequence

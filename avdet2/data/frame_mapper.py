@@ -49,8 +49,9 @@ class FrameReader:
                 without sound.
         """
         if self.packed is not None:
-            if clip in self.packed:
-                return self.packed.read(clip, seconds, duration=0.0)[0]
+            stored = self.packed.read_stored(clip, seconds, duration=0.0)
+            if stored is not None:
+                return stored[0]
             if not self._told:
                 self._told = True
                 logger.warning(

@@ -1,6 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-The frozen localizer's heatmaps of all prepared frames: made once, cropped in training.
+The frozen localizer's heatmaps of all prepared frames: made once (by
+:mod:`avdet2.data.heatmap_writer`), cropped in training (by :mod:`avdet2.data.window_maps`).
 
 To each shard of the prepared form belongs one of the cache, with the same clips in the same order.
 Its `.maps` holds, clip after clip, a table of the clip's frames and, for each frame, the heatmap of
@@ -15,7 +16,7 @@ import logging
 import mmap
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,6 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 
 from avdet2.data.packed import MAX_OPEN_SHARDS, PackedClips
-from avdet2.data.stored_clips import StoredClips
 from avdet2.data.video import MediaError
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,12 @@ CACHED_CLIP = np.dtype(
         ("frames", "<u4"),
         ("crc", "<u4"),
         ("whole", "<u4"),
+        # The last of PackedClips.keys: a clip that was prepared anew has other frames.
+        ("source", "<u4"),
     ]
 )
+# Columns of PackedClips.keys.
+KEY = ("key", "check", "source")
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,28 @@ def read_settings(folder: str) -> CacheSettings:
     What `heatmaps.json` says.
 
     Raises:
-        ValueError: the folder is no cache.
+        ValueError: the folder is no cache, or the file was changed.
     """
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
         raise ValueError(f"{path} is missing: {folder} was not made by tools/cache_heatmaps.py")
-    return CacheSettings(**json.loads(path.read_text(encoding="utf-8")))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        settings = CacheSettings(**json.loads(text)["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): make the heatmaps anew") from error
+    if text != settings_text(settings):
+        raise ValueError(f"{path} is not as it was written: make the heatmaps anew")
+    return settings
+
+
+def settings_text(settings: CacheSettings) -> str:
+    """
+    The text of `heatmaps.json`, with a checksum: a wrong number in it would shift all boxes.
+    """
+    content = asdict(settings)
+    crc = zlib.crc32(json.dumps(content).encode())
+    return json.dumps({"settings": content, "crc": crc}, indent=1)
 
 
 class CachedHeatmap(NamedTuple):
@@ -141,7 +161,7 @@ class HeatmapCache:
         """
         self.folder, self.prepared, self.weights = Path(folder), prepared, weights
         self.settings = read_settings(folder)
-        self.packed = StoredClips(prepared)
+        self.packed = PackedClips(prepared)
         self._check_settings()
         tables = [self._table(shard) for shard in range(len(self.packed.shards))]
         # A clip that is not there has no frames.
@@ -181,7 +201,7 @@ class HeatmapCache:
         if place is None or not self._clips[place]["frames"]:
             raise KeyError(f"{clip['file_name']} at {clip['start']} s is not in {self.folder}")
         name, entry = clip["file_name"], self._clips[place]
-        maps = self._mapped(self.packed.shard_of(place)[0])
+        maps = self._mapped(self.packed.shard_of(place))
         at = int(entry["at"])
         head = maps[at : at + int(entry["frames"]) * CACHED_FRAME.itemsize]
         self._check(head, entry["crc"], name)
@@ -251,10 +271,10 @@ def load_table(path: Path, keys: np.ndarray) -> np.ndarray:
 
     Args:
         path: of the shard's `.npz`.
-        keys: of the prepared shard's clips, of shape (n, 2).
+        keys: of the prepared shard, see :meth:`PackedClips.keys`.
 
     Raises:
-        ValueError: it is damaged, or of other clips.
+        ValueError: it is damaged, or of other clips, which the same clips prepared anew are, too.
     """
     advice = f"delete {path.stem}.* in {path.parent} and run tools/cache_heatmaps.py again"
     # The zip format has a checksum of its own.
@@ -266,6 +286,6 @@ def load_table(path: Path, keys: np.ndarray) -> np.ndarray:
             raise ValueError(f"{path.stem}.maps has {found} bytes instead of {size}")
     except Exception as error:
         raise ValueError(f"{path} is damaged ({error}): {advice}") from error
-    if not np.array_equal(np.stack([clips["key"], clips["check"]], axis=1), keys):
+    if not np.array_equal(np.stack([clips[name] for name in KEY], axis=1), keys):
         raise ValueError(f"{path} is of other clips than the prepared shard of its name: {advice}")
     return clips

@@ -1,6 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-All stored frames of prepared clips, whole, with the sound around each, as the localizer wants them.
+All stored frames of prepared clips, whole, with the sound around each, as the localizer wants them:
+what :mod:`avdet2.data.heatmap_writer` goes through.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from detectron2.data import transforms as T
 
 from avdet2.data.av_mapper import full_frame_size, limit_threads, to_image_tensor
 from avdet2.data.heatmap_cache import FAILURES
-from avdet2.data.stored_clips import StoredClips
+from avdet2.data.packed import PackedClips
 from avdet2.data.video import MediaError
 
 
@@ -24,7 +25,7 @@ class ClipFrames(NamedTuple):
     What the localizer needs of a clip with n stored frames.
 
     Attributes:
-        key: hashes that the clip is found by, of shape (2,), uint64.
+        key: of shape (3,), uint64; see :meth:`PackedClips.keys`.
         times: of the frames, of shape (n,), in seconds from the start of the file.
         failures: why they cannot be used, of shape (n,), numbers of FAILURES; 0 where they can.
         images: of the m frames without a failure, of shape (m, 3, h, w), uint8.
@@ -43,7 +44,7 @@ class ShardClips(Dataset):
     The clips of a prepared shard, from one of them on.
     """
 
-    def __init__(self, packed: StoredClips, shard: int, first: int, cfg: CfgNode) -> None:
+    def __init__(self, packed: PackedClips, shard: int, first: int, cfg: CfgNode) -> None:
         """
         Args:
             packed: the prepared form.

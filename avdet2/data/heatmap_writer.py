@@ -34,6 +34,7 @@ from avdet2.data.heatmap_cache import (
     CACHED_CLIP,
     CACHED_FRAME,
     FAILURES,
+    KEY,
     NOT_FINITE,
     SETTINGS_FILE,
     CacheSettings,
@@ -41,9 +42,11 @@ from avdet2.data.heatmap_cache import (
     file_hash,
     load_table,
     read_settings,
+    settings_text,
 )
 from avdet2.data.heatmap_clips import ClipFrames, ShardClips
-from avdet2.data.stored_clips import StoredClips
+from avdet2.data.packed import PackedClips
+from avdet2.data.packed_writer import write_whole
 from avdet2.modeling.meta_arch.av_localizer import AVLocalizer
 
 logger = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ _KEYS = (
 
 
 def cache_settings(
-    localizer: AVLocalizer, cfg: CfgNode, weights: str, packed: StoredClips
+    localizer: AVLocalizer, cfg: CfgNode, weights: str, packed: PackedClips
 ) -> CacheSettings:
     """
     What a cache of this localizer's heatmaps of these clips is made with.
@@ -106,16 +109,24 @@ def write_heatmaps(
         ValueError: the folder holds heatmaps of another localizer, of other settings or of other
             clips, or another process is writing there.
     """
-    packed = StoredClips(prepared)
-    lock = _start_folder(Path(folder), cache_settings(localizer, cfg, weights, packed), packed)
+    packed = PackedClips(prepared)
+    settings = cache_settings(localizer, cfg, weights, packed)
     paths = [Path(folder) / f"{shard.stem}.npz" for shard in packed.shards]
     share = range(len(paths))[comm.get_rank() :: comm.get_world_size()]
-    for shard in share:
-        if paths[shard].is_file():
-            load_table(paths[shard], packed.keys(shard))
-    todo = [shard for shard in share if not paths[shard].is_file()]
-    writers = [ShardWriter(paths[shard], packed.keys(shard)) for shard in todo]
-    parts = [ShardClips(packed, shard, writer.done, cfg) for shard, writer in zip(todo, writers)]
+    with _start_folder(Path(folder), settings, packed):
+        for shard in share:
+            if paths[shard].is_file():
+                load_table(paths[shard], packed.keys(shard))
+        todo = [shard for shard in share if not paths[shard].is_file()]
+        _write_shards(localizer, cfg, packed, {shard: paths[shard] for shard in todo})
+    return sum((_counts(paths[shard]) for shard in share), Counter())
+
+
+def _write_shards(
+    localizer: AVLocalizer, cfg: CfgNode, packed: PackedClips, paths: dict[int, Path]
+) -> None:
+    writers = [ShardWriter(path, packed.keys(shard)) for shard, path in paths.items()]
+    parts = [ShardClips(packed, shard, writer.done, cfg) for shard, writer in zip(paths, writers)]
     # One loader for all: its workers read the next shard while one is finished.
     clips = iter(_loader(parts, cfg))
     total, silent = sum(map(len, parts)), not comm.is_main_process()
@@ -126,11 +137,9 @@ def write_heatmaps(
                     writer.add(*_record(clip, *_outputs(localizer, clip)))
                     progress.update()
                 writer.finish()
-    lock.close()
-    return sum((_counts(paths[shard]) for shard in share), Counter())
 
 
-def _start_folder(folder: Path, settings: CacheSettings, packed: StoredClips) -> IO[str]:
+def _start_folder(folder: Path, settings: CacheSettings, packed: PackedClips) -> IO[str]:
     """
     Returns:
         the open file that keeps other runs out, until it is closed.
@@ -143,8 +152,12 @@ def _start_folder(folder: Path, settings: CacheSettings, packed: StoredClips) ->
         except BlockingIOError as error:
             raise ValueError(f"{folder}: another run is writing there") from error
         if not (folder / SETTINGS_FILE).exists():
-            text = json.dumps(asdict(settings), indent=1)
-            _write_whole(folder / SETTINGS_FILE, text.encode())
+            if any(folder.glob("*shard_*")):
+                raise ValueError(
+                    f"{folder} holds shards, but no {SETTINGS_FILE}, which says what they were "
+                    "made with: use another folder"
+                )
+            write_whole(folder / SETTINGS_FILE, settings_text(settings).encode())
         fcntl.flock(lock, fcntl.LOCK_SH)
     comm.synchronize()
     # The last process of this run to end is the one that lets others in.
@@ -216,7 +229,7 @@ def _record(
     table["crc"][there] = [zlib.crc32(row) for row in values]
     record = table.tobytes() + values.tobytes()
     row = np.zeros(1, CACHED_CLIP)
-    row["key"], row["check"] = clip.key
+    row["key"], row["check"], row["source"] = clip.key
     row["size"], row["frames"] = len(record), len(table)
     row["crc"], row["whole"] = zlib.crc32(table.tobytes()), zlib.crc32(record)
     return row, record
@@ -234,7 +247,7 @@ class ShardWriter:
         """
         Args:
             path: of its `.npz`.
-            keys: of the prepared shard's clips, of shape (n, 2).
+            keys: of the prepared shard, see :meth:`PackedClips.keys`.
         """
         self.path, self._maps = path, path.with_suffix(".maps")
         self._log = path.with_name(f".{path.stem}.log")
@@ -277,7 +290,7 @@ class ShardWriter:
             failures += np.bincount(head.view(CACHED_FRAME)["failure"], minlength=len(FAILURES))
         index = io.BytesIO()
         np.savez(index, clips=clips, size=np.int64(self._end), failures=failures)
-        _write_whole(self.path, index.getvalue())
+        write_whole(self.path, index.getvalue())
         self._log.unlink()
 
     def _flush(self) -> None:
@@ -308,7 +321,7 @@ class ShardWriter:
         for row, key in zip(rows, keys.tolist()):
             record = data[end : end + int(row["size"])]
             end += int(row["size"])
-            if [row["key"], row["check"]] != key or zlib.crc32(record) != row["whole"]:
+            if [row[name] for name in KEY] != key or zlib.crc32(record) != row["whole"]:
                 break
             whole += 1
         if whole < len(rows):
@@ -322,12 +335,3 @@ class ShardWriter:
 def _counts(path: Path) -> Counter[str]:
     with np.load(path, allow_pickle=False) as stored:
         return Counter(dict(zip(FAILURES, stored["failures"].tolist(), strict=True)))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)

@@ -1,11 +1,13 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
 The prepared form of clips: a few small JPEG frames a second and the sound, in memory-mapped shards.
+:mod:`avdet2.data.packed_writer` makes it, mappers read it by a :class:`ClipReader`.
 
 A shard is three files. `.jpg` holds, clip after clip, a table of its frames, checksums of its sound
 and the JPEG bytes; `.pcm` the sound as int16; `.npz` where each clip lies, and the sizes of the
 other two. The last one is written last and atomically: without it there is no shard, and with it
-the shard is whole and is never written again. `prepared.json` holds the settings and the root
+the shard is whole and is never written again. It also holds the videos as they were, which only
+the writer looks at. `prepared.json` holds the settings and the root
 folder of the videos, which may be edited when they move.
 
 Plain files serve this as well as LMDB or webdataset at the same cost: nothing to install, random
@@ -18,7 +20,7 @@ import logging
 import mmap
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,9 +90,12 @@ class PackedClips:
         path = self.folder / SETTINGS_FILE
         if not path.is_file():
             raise ValueError(f"{path} is missing: {folder} was not made by tools/prepare_clips.py")
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        self.root = settings.pop("root")
-        self.settings = PackSettings(**settings)
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            self.root = settings.pop("root")
+            self.settings = PackSettings(**settings)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}") from error
         self.shards = sorted(self.folder.glob("shard_*.npz"))
         tables = [_load_table(shard) for shard in self.shards]
         self._clips = np.concatenate([np.zeros(0, CLIP), *tables])
@@ -106,22 +111,7 @@ class PackedClips:
         return len(self._clips)
 
     def __contains__(self, clip: Mapping[str, Any]) -> bool:
-        return self._find(clip) is not None
-
-    def outdated(self, clips: Iterable[Mapping[str, Any]]) -> list[tuple[str, Path]]:
-        """
-        Which clips' videos were changed, or put there, after the clips were prepared, by the files'
-        times: the videos, each with the shard that may hold something else.
-        """
-        found: dict[tuple[str, Path], None] = {}
-        prepared = [shard.stat().st_mtime for shard in self.shards]
-        for clip in clips:
-            where = self._find(clip)
-            if where is not None and os.path.exists(clip["file_name"]):
-                shard = int(self._shard_of[where])
-                if os.stat(clip["file_name"]).st_mtime > prepared[shard]:
-                    found[clip["file_name"], self.shards[shard]] = None
-        return list(found)
+        return self.place(clip) is not None
 
     def read(
         self, clip: Mapping[str, Any], seconds: float, duration: float = 1.0
@@ -143,7 +133,7 @@ class PackedClips:
             KeyError: where the clip is not in it.
             MediaError: where there is no sound at that time, or a checksum is wrong.
         """
-        where = self._find(clip)
+        where = self.place(clip)
         if where is None:
             raise KeyError(f"{clip['file_name']} at {clip['start']} s is not in {self.folder}")
         image, sound, time = self._read(where, clip, seconds, duration)
@@ -156,59 +146,23 @@ class PackedClips:
         As :meth:`read`, but the sound stays int16, as it is stored; None where the clip is not in
         it.
         """
-        where = self._find(clip)
+        where = self.place(clip)
         return None if where is None else self._read(where, clip, seconds, duration)
 
     def _read(
         self, where: int, clip: Mapping[str, Any], seconds: float, duration: float
     ) -> tuple[np.ndarray, np.ndarray, float]:
-        entry = self._clips[where]
-        pictures, sound = self._mapped(int(self._shard_of[where]))
-        rate, at, frames = self.settings.sample_rate, int(entry["at"]), int(entry["frames"])
-        size = frames * FRAME.itemsize + 4 * -(-int(entry["samples"]) // rate)
-        head = pictures[at : at + size]
-        self._check(head, entry["crc"], clip)
-        table = head[: frames * FRAME.itemsize].view(FRAME)
+        name = clip["file_name"]
+        table, crcs = self._head(where, name)
         frame = table[np.abs(table["time"] - seconds).argmin()]
-        begin = at + int(frame["at"])
-        jpeg = pictures[begin : begin + int(frame["size"])]
-        self._check(jpeg, frame["crc"], clip)
-        image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)
-        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-        crcs = head[frames * FRAME.itemsize :].view("<u4")
-        time = float(frame["time"])
-        return image, self._window(clip, entry, sound, crcs, time, duration), time
+        image, time = self._image(where, frame, name), float(frame["time"])
+        return image, self._window(where, crcs, time, duration, name), time
 
-    def _window(
-        self,
-        clip: Mapping[str, Any],
-        entry: np.void,
-        sound: np.ndarray,
-        crcs: np.ndarray,
-        time: float,
-        duration: float,
-    ) -> np.ndarray:
-        rate, samples = self.settings.sample_rate, int(entry["samples"])
-        length = round(duration * rate)
-        begin = round((time - duration / 2) * rate) - int(entry["sound_start"])
-        # As Python's numbers: unsigned ones have no room for a negative difference.
-        first, last = int(entry["sound_first"]), int(entry["sound_last"])
-        held = min(begin + length, last) - max(begin, first)
-        if held < MIN_SOUND * length:
-            raise MediaError(clip["file_name"], "no sound at that time")
-        stored = sound[int(entry["sound_at"]) :][:samples]
-        first, last = max(begin, 0), min(begin + length, samples)
-        for i in range(first // rate, -(-last // rate)):
-            self._check(stored[i * rate : (i + 1) * rate], crcs[i], clip)
-        waveform = np.zeros(length, np.int16)
-        waveform[first - begin : last - begin] = stored[first:last]
-        return waveform
-
-    def _check(self, data: np.ndarray, crc: int, clip: Mapping[str, Any]) -> None:
-        if zlib.crc32(data) != crc:
-            raise MediaError(clip["file_name"], "damaged in its prepared form", str(self.folder))
-
-    def _find(self, clip: Mapping[str, Any]) -> int | None:
+    def place(self, clip: Mapping[str, Any]) -> int | None:
+        """
+        Where a clip is, counted over all shards in turn; None where it is not in it. What follows
+        takes such places, for what goes through all clips, whatever files they were made of.
+        """
         key, check = clip_key(self.root, clip["file_name"], clip["start"])
         place = int(np.searchsorted(self._keys, np.uint64(key)))
         while place < len(self._keys) and self._keys[place] == key:
@@ -217,6 +171,98 @@ class PackedClips:
                 return int(self._order[place])
             place += 1
         return None
+
+    def shard_of(self, place: int) -> int:
+        """
+        The number of a clip's shard.
+        """
+        return int(self._shard_of[place])
+
+    def places(self, shard: int) -> range:
+        """
+        Places of the clips of a shard.
+        """
+        first, end = np.searchsorted(self._shard_of, [shard, shard + 1])
+        return range(first, end)
+
+    def keys(self, shard: int) -> np.ndarray:
+        """
+        What the clips of a shard are and hold, of shape (n, 3), uint64: the two hashes that a clip
+        is found by, and a checksum over those of all its frames and of its sound.
+        """
+        places = self.places(shard)
+        clips = self._clips[places.start : places.stop]
+        return np.stack([clips["key"], clips["check"], clips["crc"]], axis=1)
+
+    def times(self, place: int, name: str) -> np.ndarray:
+        """
+        Times of a clip's frames, in seconds from the start of its file, of shape (n,).
+
+        Args:
+            place: of the clip.
+            name: of its file, for messages; as in the methods below.
+
+        Raises:
+            MediaError: its part of the shard is damaged; as the methods below.
+        """
+        return self._head(place, name)[0]["time"]
+
+    def image(self, place: int, number: int, name: str) -> np.ndarray:
+        """
+        A frame of a clip, of shape (H, W, 3), uint8 RGB.
+        """
+        return self._image(place, self._head(place, name)[0][number], name)
+
+    def sound(self, place: int, seconds: float, duration: float, name: str) -> np.ndarray:
+        """
+        The sound around a time, of shape (duration * sample_rate,), int16.
+        """
+        return self._window(place, self._head(place, name)[1], seconds, duration, name)
+
+    def _head(self, place: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The table of a clip's frames, and the checksums of each second of its sound.
+        """
+        entry = self._clips[place]
+        pictures, _ = self._mapped(int(self._shard_of[place]))
+        at, frames = int(entry["at"]), int(entry["frames"]) * FRAME.itemsize
+        seconds = -(-int(entry["samples"]) // self.settings.sample_rate)
+        head = pictures[at : at + frames + 4 * seconds]
+        self._check(head, entry["crc"], name)
+        return head[:frames].view(FRAME), head[frames:].view("<u4")
+
+    def _image(self, place: int, frame: np.void, name: str) -> np.ndarray:
+        pictures, _ = self._mapped(int(self._shard_of[place]))
+        begin = int(self._clips[place]["at"]) + int(frame["at"])
+        jpeg = pictures[begin : begin + int(frame["size"])]
+        self._check(jpeg, frame["crc"], name)
+        image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+    def _window(
+        self, place: int, crcs: np.ndarray, time: float, duration: float, name: str
+    ) -> np.ndarray:
+        entry = self._clips[place]
+        _, sound = self._mapped(int(self._shard_of[place]))
+        rate, samples = self.settings.sample_rate, int(entry["samples"])
+        length = round(duration * rate)
+        begin = round((time - duration / 2) * rate) - int(entry["sound_start"])
+        # As Python's numbers: unsigned ones have no room for a negative difference.
+        first, last = int(entry["sound_first"]), int(entry["sound_last"])
+        held = min(begin + length, last) - max(begin, first)
+        if held < MIN_SOUND * length:
+            raise MediaError(name, "no sound at that time")
+        stored = sound[int(entry["sound_at"]) :][:samples]
+        first, last = max(begin, 0), min(begin + length, samples)
+        for i in range(first // rate, -(-last // rate)):
+            self._check(stored[i * rate : (i + 1) * rate], crcs[i], name)
+        waveform = np.zeros(length, np.int16)
+        waveform[first - begin : last - begin] = stored[first:last]
+        return waveform
+
+    def _check(self, data: np.ndarray, crc: int, name: str) -> None:
+        if zlib.crc32(data) != crc:
+            raise MediaError(name, "damaged in its prepared form", str(self.folder))
 
     def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         arrays = []

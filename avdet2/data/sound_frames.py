@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-PyAV's frames of sound as arrays; see avdet2/data/video.py.
+PyAV's frames of sound as arrays: a part of :mod:`avdet2.data.video`, which reads them.
 """
 
 from itertools import groupby

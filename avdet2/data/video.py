@@ -21,7 +21,6 @@ import numpy as np
 from av.stream import Disposition
 
 from avdet2.data.sound_frames import mono_pieces, resample
-from avdet2.data.waveform import audio_to_int16  # noqa: F401
 from avdet2.data.waveform import common_start, join_pieces
 
 # Decoders need packets to become exact (AAC: 2, MP3: up to 9), the resampler some milliseconds.

@@ -1,7 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
 The frozen localizer's heatmap of a random window of a clip: made on the fly, or cut out of a cached
-one.
+one. :mod:`avdet2.data.self_box_mapper` makes boxes of it.
 """
 
 from collections.abc import Callable
@@ -43,10 +43,12 @@ class MapSource(Protocol):
 
     Attributes:
         crop_size: side of the windows in the localizer's pixels.
+        window_fraction: the same side as a part of the frame's short side.
         num_clusters: K; 0 without clusters.
     """
 
     crop_size: int
+    window_fraction: float
     num_clusters: int
 
     def window_map(self, clip: dict) -> WindowMap | None:
@@ -123,7 +125,7 @@ class CachedMaps:
     def window_map(self, clip: dict) -> WindowMap | None:
         if clip not in self.cache:
             if self._on_the_fly is None:
-                self._on_the_fly = self._make()
+                self._on_the_fly = self._checked(self._make())
             return self._on_the_fly.window_map(clip)
         sample = self.sampler(clip)
         if sample is None:
@@ -133,6 +135,16 @@ class CachedMaps:
         heatmap = crop_heatmap(cached.heatmap, window, self.cells)
         cluster = int((cached.logits_v + cached.logits_a).argmax()) if self.num_clusters else None
         return WindowMap(frame, window, heatmap, cluster)
+
+    def _checked(self, made: MapSource) -> MapSource:
+        if (made.crop_size, made.window_fraction) != (self.crop_size, self.window_fraction):
+            raise ValueError(
+                f"the heatmaps in {self.cache.folder} were made with crops of {self.crop_size} "
+                f"pixels, {self.window_fraction:g} of the frame, but MODEL.SELF_BOX."
+                f"LOCALIZER_CONFIG has {made.crop_size} and {made.window_fraction:g}: give the "
+                "config.yaml that they were made with"
+            )
+        return made
 
 
 def crop_heatmap(heatmap: np.ndarray, window: Window, cells: int) -> np.ndarray:

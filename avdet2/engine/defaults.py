@@ -44,6 +44,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     # Before a config.yaml beside the weights is written anew.
     messages = _weights_messages(cfg, args)
+    # Or while another process still reads it.
+    comm.synchronize()
     default_setup(cfg, args)
     # Detectron2 sets up its own logger and fvcore's only.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="avdet2", abbrev_name="av")

@@ -22,7 +22,7 @@ from avdet2.data.clips import training_clips
 from avdet2.engine.clip_scores import ClipScores
 from avdet2.evaluation.inference import predict_clips
 from avdet2.evaluation.self_labels import cluster_quality, eq6_agreement, label_change
-from avdet2.modeling.collectives import all_reduce, broadcast_buffers
+from avdet2.modeling.collectives import all_reduce, broadcast_buffers, of_main_process
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.modeling.sinkhorn import gaussian_weights, match_marginals, sinkhorn_labels
 
@@ -244,6 +244,6 @@ def _kmeans_labels(audio: torch.Tensor, num_clusters: int, seed: int) -> torch.T
     if comm.is_main_process():
         kmeans = KMeans(num_clusters, n_init=10, random_state=max(seed, 0))
         labels = kmeans.fit_predict(np.concatenate(parts))
-    labels = torch.from_numpy(comm.all_gather(labels)[0]).long()
+    labels = torch.from_numpy(of_main_process(labels)).long()
     start = sum(counts[: comm.get_rank()])
     return labels[start : start + len(audio)]

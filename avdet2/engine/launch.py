@@ -209,7 +209,12 @@ def _use_gpu(local_rank: int) -> None:
 def _make_local_groups(timeout: timedelta) -> None:
     """
     Tell Detectron2 which processes share a machine, whose numbers of processes may differ.
+
+    Args:
+        timeout: of these groups, and of the one that gathers Python's objects, which Detectron2
+            makes beside NCCL's with PyTorch's own 30 minutes.
     """
+    dist.distributed_c10d._set_pg_timeout(timeout, comm._get_global_gloo_group())
     rank = dist.get_rank()
     # Without this variable: ranks go through one machine after the other.
     machine = int(os.environ.get("GROUP_RANK", rank - int(os.environ["LOCAL_RANK"])))

@@ -36,7 +36,8 @@ class _FrameWriter(AVMapper):
     def read(self, dataset_dict: dict) -> tuple[np.ndarray, np.ndarray]:
         sample = super().read(dataset_dict)
         path = os.path.join(self.folder, frame_name(dataset_dict))
-        cv2.imwrite(path, sample[0][:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+        if not cv2.imwrite(path, sample[0][:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]):
+            raise OSError(f"{path} cannot be written: is the disk full?")
         return sample
 
 

@@ -22,6 +22,7 @@ from avdet2.evaluation.cluster_matching import ClusterMatching, match_clusters
 from avdet2.evaluation.inference import predict_clips
 from avdet2.evaluation.label_spaces import LabelSpace, label_space, read_groups
 from avdet2.evaluation.self_labels import cluster_quality
+from avdet2.modeling.collectives import of_main_process
 from avdet2.modeling.frozen import load_localizer
 from avdet2.modeling.meta_arch import AVLocalizer
 
@@ -123,7 +124,7 @@ def frozen_votes(cfg: CfgNode, clips: Sequence[dict]) -> ClusterVotes:
     key = _state_of(weights, clips) if is_main else ""
     kept = _load(cache, key) if is_main else None
     # All go the main process's way: the file may come into being between two processes' looks.
-    kept = comm.all_gather(kept)[0]
+    kept = of_main_process(kept)
     if kept is not None:
         return kept
     model, localizer_cfg = load_localizer(node.LOCALIZER_CONFIG, weights, cfg.MODEL.DEVICE)

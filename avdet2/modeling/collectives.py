@@ -3,11 +3,15 @@
 What processes hand to each other: rows and columns with their gradients, and sums.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from detectron2.utils import comm
+
+T = TypeVar("T")
 
 
 class _AllGather(torch.autograd.Function):
@@ -154,9 +158,25 @@ def all_reduce(
     return values.cpu()
 
 
+def of_main_process(value: T) -> T:
+    """
+    What the main process has, on all processes. Unlike with Detectron2's ``all_gather(value)[0]``
+    none of them holds as many copies of it as there are processes.
+
+    Args:
+        value: can be pickled; that of another process is not looked at.
+    """
+    if comm.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0, group=comm._get_global_gloo_group())
+    return values[0]
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """
-    Give all processes the main process's buffers, those that checkpoints hold.
+    Give all processes those of the main process's buffers that a checkpoint holds. The others do
+    not change in training, or are the same on all processes already.
 
     Plain batch norm estimates its statistics on each process by itself. Without this each would
     label, or evaluate, its share of the data with a model of its own.
@@ -164,7 +184,12 @@ def broadcast_buffers(model: nn.Module) -> None:
     Args:
         model: the same on all processes; written to.
     """
-    if comm.get_world_size() > 1:
-        for buffer in model.buffers():
-            if buffer.numel():
-                dist.broadcast(buffer, 0)
+    if comm.get_world_size() == 1:
+        return
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, buffer in model.state_dict().items():
+        if name not in weights and buffer.numel():
+            # NCCL takes no transposed ones.
+            value = buffer.contiguous()
+            dist.broadcast(value, 0)
+            buffer.copy_(value)

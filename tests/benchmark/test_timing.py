@@ -102,12 +102,19 @@ def test_each_round_has_its_own_time(clock):
     assert found["a"].cpu == found["a"].wall == (1.0, 2.0, 4.0)
 
 
+def test_candidates_may_work_through_different_numbers_of_items(clock):
+    candidates = {name: lambda: clock.work(6, 3) for name in "ab"}
+    found = alternate(candidates, 2, {"a": 1, "b": 6})
+    assert found["a"] == Timing((6.0,) * 2, (3.0,) * 2)
+    assert found["b"] == Timing((1.0,) * 2, (0.5,) * 2)
+
+
 def test_children_count(clock):
     found = alternate({"a": lambda: clock.work(1, 0.25, children=3)}, rounds=2)
     assert found["a"].cpu == (3.25, 3.25)
 
 
-@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"items": 0}])
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"items": 0}, {"items": {"a": 0}}])
 def test_nothing_to_time(wrong):
     with pytest.raises(ValueError, match="at least 1"):
         alternate({"a": int}, **wrong)

@@ -3,8 +3,10 @@
 Clips and names of files as columns, against lists of dicts and of strings.
 """
 
+import os
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +287,48 @@ def test_columns_that_do_not_fit_are_not_used(tmp_path: Path, caplog) -> None:
         assert len(clip_index.read_index(str(other)).facts) == 0
         assert f"{name}.npz: not an index of clips, or damaged" in caplog.text
     assert len(clip_index.read_index(path).facts) == 1
+
+
+def test_changed_bytes_give_no_other_clips(tmp_path: Path) -> None:
+    source = tmp_path / "a.csv"
+    source.write_text("file,start,duration,label\nb.mp4,9,10,x|y\na.mp4,0,10,x\n")
+    fact = FileFacts(1, 1, 12.0, 340, 256)
+    path = Path(indexed(source, {"/nowhere/a.mp4": fact, "/nowhere/b.mp4": fact}))
+    expected = list(scan_clips(str(source), "/nowhere").clips)
+    whole, damaged = path.read_bytes(), 0
+    other = tmp_path / "other.npz"
+    for place in range(0, len(whole), 13):
+        for bit in (1, 128):
+            changed = whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :]
+            other.write_bytes(changed)
+            found = clip_index.read_index(str(other))
+            if not len(found.facts):
+                damaged += 1
+                continue
+            assert list(found.facts.files) == ["/nowhere/b.mp4", "/nowhere/a.mp4"]
+            if found.rows is not None:
+                # It was a byte that a zip file does not need.
+                clips = scan_clips(str(source), "/nowhere", index=str(other)).clips
+                assert list(clips) == expected
+    assert damaged > 50
+
+
+def test_a_list_that_another_version_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "a.csv"
+    source.write_text("file,start,duration\na.mp4,0,10\n")
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    status = os.stat(tmp_path / "a.mp4")
+    fact = FileFacts(status.st_size, status.st_mtime_ns, 12.0, 340, 256)
+    files = FileTable.of({str(tmp_path / "a.mp4"): fact}, f"{tmp_path}/")
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_index, "_VERSION", b"1")
+        key = list_key(str(source), str(tmp_path))
+        rows = replace(read_clip_columns(str(source), str(tmp_path)), start=np.array([5.0]))
+    clip_index.write_index(f"{source}.index.npz", Index(key, files, rows))
+    # The list is read again; the video, which is none, is not.
+    assert scan_clips(str(source)).clips[0]["start"] == 0.0
 
 
 def test_facts_as_columns() -> None:

@@ -372,6 +372,22 @@ def test_parallel_map() -> None:
         list(parallel_map(abs, [1, 2, "three"], 2))
 
 
+def _die_at_20(item: int) -> int:
+    if item == 20:
+        os._exit(1)
+    return item
+
+
+def test_a_process_that_dies_is_told() -> None:
+    found, items = [], parallel_map(_die_at_20, range(1000), 2)
+    with pytest.raises(ValueError, match="was killed, .* at one of these: [0-9; ]+$") as error:
+        for item in items:
+            found.append(item)
+    # Which was before it, or at the same time.
+    first = int(str(error.value).split(": ")[-1].split(";")[0])
+    assert found == list(range(len(found))) and len(found) <= first <= 20
+
+
 def test_many_files_are_probed_in_processes(videos: Path, tmp_path: Path) -> None:
     for i in range(20):
         (tmp_path / f"{i:02d}.mkv").symlink_to(videos / "a.mkv")

@@ -3,7 +3,6 @@
 Cached heatmaps beside those made on the fly, by a localizer that sees each cell by itself.
 """
 
-import json
 import logging
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from detectron2.config import get_cfg
 
 from avdet2.config import add_avdet2_config
 from avdet2.data import heatmap_writer, packed_writer, self_box_mapper, window_maps
-from avdet2.data.heatmap_cache import FAILURES, HeatmapCache
+from avdet2.data.heatmap_cache import FAILURES, HeatmapCache, read_settings, settings_text
 from avdet2.data.heatmap_writer import write_heatmaps
 from avdet2.data.packed import PackSettings
 from avdet2.data.packed_writer import PackedWriter, pack_clip
@@ -98,20 +97,27 @@ def _cfg(num_workers: int = 0):
     return cfg
 
 
+def _prepare(folder: Path, clips: list[dict[str, Any]], media: type = FakeMedia) -> None:
+    """
+    Write shards of three clips.
+    """
+    settings = PackSettings()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_writer, "MediaFile", media)
+        with PackedWriter(str(folder), settings, "/videos", 1 << 30) as writer:
+            for number, clip in enumerate(clips):
+                writer.add(pack_clip(clip, settings, "/videos"))
+                if number in (2, 5):
+                    writer._finish()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """
     `prepared` (three shards of three clips and one), `weights.pth`, and the `cache` of these.
     """
     folder = tmp_path_factory.mktemp("heatmaps")
-    settings = PackSettings()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_writer, "MediaFile", FakeMedia)
-        with PackedWriter(str(folder / "prepared"), settings, "/videos", 1 << 30) as writer:
-            for number, clip in enumerate(_clips()):
-                writer.add(pack_clip(clip, settings, "/videos"))
-                if number in (2, 5):
-                    writer._finish()
+    _prepare(folder / "prepared", _clips())
     (folder / "weights.pth").write_bytes(b"weights")
     counts = _write(folder, "cache")
     # From 1.5 s on, less than a quarter of a second of clip 2's sound is left.
@@ -363,6 +369,19 @@ def test_clips_that_are_not_in_it(folder, tmp_path, loaded, caplog):
     assert len(_open(folder)) == CLIPS
 
 
+def test_another_config_for_clips_that_are_not_in_it(folder, tmp_path, monkeypatch):
+    folder = _copy(folder, tmp_path)
+    for path in (folder / "cache").glob("shard_00001.*"):
+        path.unlink()
+    cfg = _cfg()
+    cfg.INPUT.AV.CROP_SIZE = 192
+    monkeypatch.setattr(self_box_mapper, "load_localizer", lambda *_: (ColourLocalizer(), cfg))
+    mapper = _mapper(folder, True)
+    assert mapper(_clips()[0]) is not None
+    with pytest.raises(ValueError, match="crops of 224 pixels, 0.875 .* has 192 and 0.75"):
+        mapper(_clips()[3])
+
+
 @pytest.mark.parametrize("name", ["shard_00000.maps", "shard_00000.npz"])
 def test_broken_shards_are_noticed_at_once(folder, tmp_path, name):
     folder = _copy(folder, tmp_path)
@@ -397,6 +416,69 @@ def test_shards_of_other_clips(folder, tmp_path):
         _open(folder)
 
 
+class OtherMedia(FakeMedia):
+    """
+    The same videos, a little brighter.
+    """
+
+    def frames(self, times: list[float]):
+        for frame in super().frames(times):
+            yield np.maximum(frame, 40)
+
+
+def _prepare_anew(folder: Path, shard: int) -> None:
+    _prepare(folder / "other", _clips(), OtherMedia)
+    for suffix in (".jpg", ".pcm", ".npz"):
+        name = f"shard_{shard:05d}{suffix}"
+        shutil.copy(folder / "other" / name, folder / "prepared" / name)
+
+
+def test_clips_that_were_prepared_anew(folder, tmp_path):
+    folder = _copy(folder, tmp_path)
+    _prepare_anew(folder, 2)
+    for use in (_open, lambda folder: _write(folder, "cache")):
+        with pytest.raises(ValueError, match="shard_00002.npz is of other clips .* delete shard_0"):
+            use(folder)
+    for path in (folder / "cache").glob("shard_00002.*"):
+        path.unlink()
+    _write(folder, "cache")
+    frame, cached = _open(folder).read(_clips()[6], 1.0)
+    assert frame.min() > 20 and cached.heatmap.min() > 0.1
+
+
+def test_a_part_of_clips_that_were_prepared_anew(folder, tmp_path, monkeypatch, caplog):
+    folder, _ = _killed(folder, tmp_path, monkeypatch)
+    _prepare_anew(folder, 1)
+    with caplog.at_level(logging.WARNING):
+        _write(folder, "killed")
+    assert "damaged behind its clip 0" in caplog.text
+    assert _open(folder, "killed").read(_clips()[3], 1.0)[1].heatmap.min() > 0.1
+
+
+def test_changed_settings_and_tables_are_noticed(folder, tmp_path):
+    folder = _copy(folder, tmp_path)
+    for name, step in (("heatmaps.json", 23), ("shard_00002.npz", 31)):
+        path = folder / "cache" / name
+        whole = path.read_bytes()
+        expected = _open(folder).read(_clips()[6], 1.0)[1]
+        for place in range(0, len(whole), step):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            # Some bytes of a zip file say nothing.
+            try:
+                found = _open(folder).read(_clips()[6], 1.0)[1]
+            except ValueError as error:
+                assert path.name in str(error) or "was made with" in str(error)
+            else:
+                assert name.endswith("npz")
+                np.testing.assert_array_equal(found.heatmap, expected.heatmap)
+        path.write_bytes(whole)
+    (folder / "cache" / "heatmaps.json").unlink()
+    with pytest.raises(ValueError, match="heatmaps.json is missing"):
+        _open(folder)
+    with pytest.raises(ValueError, match="cache holds shards, but no heatmaps.json"):
+        _write(folder, "cache")
+
+
 def test_other_settings(folder, tmp_path):
     folder = _copy(folder, tmp_path)
     cfg = _cfg()
@@ -404,9 +486,9 @@ def test_other_settings(folder, tmp_path):
     words = (str(folder / "weights.pth"), str(folder / "prepared"), str(folder / "cache"))
     with pytest.raises(ValueError, match="FRAME_SIZE.*use another folder"):
         write_heatmaps(ColourLocalizer(), cfg, *words)
-    settings = json.loads((folder / "cache" / "heatmaps.json").read_text())
-    settings["packed"]["fps"] = 2.0
-    (folder / "cache" / "heatmaps.json").write_text(json.dumps(settings))
+    settings = read_settings(str(folder / "cache"))
+    settings.packed["fps"] = 2.0
+    (folder / "cache" / "heatmaps.json").write_text(settings_text(settings))
     with pytest.raises(ValueError, match="'fps': 2.0.*'fps': 4.0"):
         _open(folder)
 

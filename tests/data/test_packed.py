@@ -423,9 +423,10 @@ def test_the_tool_tells_of_changed_videos_and_settings(tmp_path: Path, run_tool:
     write_video(tmp_path / "a.mp4", 1.0, gains=(0.5, 0.5))
     shard = tmp_path / "out" / "shard_00000.npz"
     os.utime(video, ns=(0, shard.stat().st_mtime_ns + 10**9))
-    packed = PackedClips(str(tmp_path / "out"))
     clip = {"file_name": video, "start": 0.0, "duration": 0.9}
-    assert packed.outdated([clip, {**clip, "start": 0.5}, clip]) == [(video, shard)]
+    with PackedWriter(str(tmp_path / "out"), PackSettings(), str(tmp_path)) as writer:
+        missing, changed = writer.compare([clip, {**clip, "start": 0.5}, clip])
+    assert list(missing) == [1] and changed == [(video, shard)]
     printed = run_tool(*arguments)
     assert "1 videos were changed after they were prepared" in printed and video in printed
     assert "delete shard_00000.* and run this again" in printed
@@ -433,6 +434,52 @@ def test_the_tool_tells_of_changed_videos_and_settings(tmp_path: Path, run_tool:
     with pytest.raises(SystemExit, match="error: .*use the same settings or another folder"):
         run_tool(*arguments, "--fps", 2)
     assert state(tmp_path / "out") == before
+
+
+def test_what_has_changed(tmp_path: Path) -> None:
+    names = ("same", "copied", "longer", "other", "gone")
+    clips = []
+    for name in names:
+        path = write_video(tmp_path / f"{name}.mp4", 1.0)
+        clips.append({"file_name": path, "start": 0.0, "duration": 0.9})
+    pack(tmp_path / "out", clips)
+
+    def changed(folder: str = "out") -> list[str]:
+        with PackedWriter(str(tmp_path / folder), PackSettings(), str(tmp_path)) as writer:
+            missing, changed = writer.compare(clips)
+        assert not missing
+        return [Path(path).stem for path, _ in changed]
+
+    assert changed() == []
+    stats = {name: os.stat(tmp_path / f"{name}.mp4") for name in names}
+    # A copy is younger, and other videos may have been put there with older times.
+    os.utime(tmp_path / "copied.mp4")
+    for name in ("longer", "other"):
+        path = tmp_path / f"{name}.mp4"
+        data = path.read_bytes()
+        path.write_bytes(data + b"0" if name == "longer" else data[:-1] + bytes([data[-1] ^ 1]))
+        time_ns = stats[name].st_mtime_ns - (10**9 if name == "other" else 0)
+        os.utime(path, ns=(0, time_ns))
+    (tmp_path / "gone.mp4").unlink()
+    assert changed() == ["longer", "other"]
+    # Shards that do not know say what is younger than they are.
+    shard = tmp_path / "out" / "shard_00000.npz"
+    stored = dict(np.load(shard))
+    del stored["videos"]
+    np.savez(shard, **stored)
+    os.utime(shard, ns=(0, stats["same"].st_mtime_ns + 5 * 10**9))
+    os.utime(tmp_path / "copied.mp4", ns=(0, stats["same"].st_mtime_ns + 6 * 10**9))
+    assert changed() == ["copied"]
+
+
+def test_settings_that_are_lost_or_damaged(tmp_path: Path, clips: list[dict[str, Any]]) -> None:
+    pack(tmp_path, clips[:1])
+    (tmp_path / "prepared.json").write_text('{"fps": 4.0')
+    with pytest.raises(ValueError, match="prepared.json is damaged"):
+        PackedClips(str(tmp_path))
+    (tmp_path / "prepared.json").unlink()
+    with pytest.raises(ValueError, match="holds shards, but no prepared.json"):
+        pack(tmp_path, clips[1:])
 
 
 def test_real_clips(shared_dir: Path, tmp_path: Path) -> None:

@@ -10,88 +10,49 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from launch_job import ForkedRun, is_of_launch
+from processes import run_on_processes
 
 from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
 
 from avdet2.engine import environment, launch
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(Path(__file__).with_name("launch_job.py"))
 CPU = ["MODEL.DEVICE", "cpu", "DISTRIBUTED.TIMEOUT"]
-
-# Each process tells where it is, and then does what MODE says.
-SCRIPT = """
-import json, os, signal, sys, time
-print("begun", flush=True)
-import torch
-import torch.distributed as dist
-from detectron2.engine import default_argument_parser
-from detectron2.utils import comm
-from avdet2.engine.launch import launch
-
-def tell(**values):
-    # In one piece, as others write too.
-    sys.stdout.write(json.dumps(values) + chr(10))
-    sys.stdout.flush()
-
-def main(args):
-    total = torch.tensor([comm.get_rank() + 1])
-    dist.all_reduce(total)
-    group = torch.tensor([comm.get_rank() + 1])
-    dist.all_reduce(group, group=comm._LOCAL_PROCESS_GROUP)
-    tell(
-        rank=comm.get_rank(), world=comm.get_world_size(), sum=int(total), local_sum=int(group),
-        local_rank=comm.get_local_rank(), local_size=comm.get_local_size(),
-        backend=dist.get_backend(), variable=int(os.environ["LOCAL_RANK"]),
-        gathered=comm.all_gather(comm.get_rank()),
-    )
-    mode = os.environ.get("MODE", "")
-    if mode and comm.get_rank() == 1:
-        if mode == "raise":
-            raise ValueError("made to fail")
-        if mode == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(300)
-    if mode:
-        dist.all_reduce(total)
-    return comm.get_rank()
-
-if __name__ == "__main__":
-    result = launch(main, default_argument_parser().parse_args())
-    tell(returned=result, initialized=dist.is_initialized())
-"""
-
-
-@pytest.fixture(scope="module")
-def script(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("launch") / "job.py"
-    path.write_text(SCRIPT)
-    return str(path)
-
 
 def start(words: list[str], **variables: str) -> subprocess.Popen:
     """
     Start Python, with no other variables of torchrun and SLURM than these.
     """
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in environment.TORCHRUN and not name.startswith(("SLURM", "TORCHELASTIC"))
-    }
+    inherited = {name: x for name, x in os.environ.items() if not is_of_launch(name)}
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     return subprocess.Popen(
         [sys.executable, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
+        env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables},
     )
 
 
-def finish(process: subprocess.Popen, seconds: float = 90) -> tuple[list[dict], str]:
+@pytest.fixture()
+def fork(tmp_path):
+    """
+    Starts a :class:`ForkedRun`.
+    """
+    return lambda words, **variables: ForkedRun(words, variables, tmp_path)
+
+
+def finish(process: subprocess.Popen | ForkedRun, seconds: float = 90) -> tuple[list[dict], str]:
     """
     What a process and its children told on stdout, and their stderr, once all have ended.
     """
@@ -102,8 +63,7 @@ def finish(process: subprocess.Popen, seconds: float = 90) -> tuple[list[dict], 
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")], err
 
 
-def run(words: list[str], **variables: str) -> list[dict]:
-    process = start(words, **variables)
+def check_end(process: subprocess.Popen | ForkedRun) -> list[dict]:
     told, err = finish(process)
     assert process.returncode == 0, err[-3000:]
     return told
@@ -139,25 +99,22 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_processes_started_by_a_flag(script, count):
-    told = run([script, "--num-gpus", str(count), *CPU, "60"])
+@pytest.mark.parametrize(("count", "method"), [(2, "spawn"), (3, "fork")])
+def test_processes_started_by_a_flag(fork, count, method):
+    told = check_end(fork(["--num-gpus", str(count), *CPU, "60"], METHOD=method))
     check_places(told, [list(range(count))])
     assert [x for x in told if "returned" in x] == [{"returned": None, "initialized": False}]
 
 
-@pytest.mark.slow
-def test_two_machines_started_by_flags(script):
-    words = [script, "--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-    processes = [start([*words, "--machine-rank", str(rank), *CPU, "60"]) for rank in (1, 0)]
-    told = [x for process in processes for x in finish(process)[0]]
-    assert [process.returncode for process in processes] == [0, 0]
-    check_places(told, [[0], [1]])
+def test_two_machines_started_by_flags(fork):
+    words = ["--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+    processes = [fork([*words, "--machine-rank", str(rank), *CPU, "60"]) for rank in (1, 0)]
+    check_places([x for process in processes for x in check_end(process)], [[0], [1]])
 
 
-def test_processes_started_by_torchrun(script):
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    told = run([*words, *CPU, "60"])
+def test_processes_started_by_torchrun():
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
+    told = check_end(start([*words, *CPU, "60"]))
     check_places(told, [[0, 1]])
     returned = [x for x in told if "returned" in x]
     assert sorted(x["returned"] for x in returned) == [0, 1]
@@ -178,7 +135,7 @@ def slurm_job() -> str:
     raise AssertionError("no port is free")
 
 
-def start_tasks(script: str, machines: list[list[int]], seconds: str, **variables: str):
+def start_tasks(fork, machines: list[list[int]], seconds: str, **variables: str):
     """
     Start as srun does what has these ranks on each machine.
     """
@@ -190,8 +147,8 @@ def start_tasks(script: str, machines: list[list[int]], seconds: str, **variable
         "SLURM_STEP_TASKS_PER_NODE": ",".join(str(len(ranks)) for ranks in machines),
     }
     return [
-        start(
-            [script, *CPU, seconds],
+        fork(
+            [*CPU, seconds],
             SLURM_PROCID=str(rank),
             SLURM_LOCALID=str(local),
             SLURM_NODEID=str(node),
@@ -204,13 +161,10 @@ def start_tasks(script: str, machines: list[list[int]], seconds: str, **variable
 
 
 # The last one is of srun --distribution=cyclic.
-@pytest.mark.parametrize(
-    "machines", [pytest.param([[0], [1, 2]], marks=pytest.mark.slow), [[0, 2], [1]]]
-)
-def test_processes_started_by_slurm(script, machines):
-    processes = start_tasks(script, machines, "60")
-    told = [x for process in processes for x in finish(process)[0]]
-    assert [process.returncode for process in processes] == [0] * len(processes)
+@pytest.mark.parametrize("machines", [[[0], [1, 2]], [[0, 2], [1]]])
+def test_processes_started_by_slurm(fork, machines):
+    processes = start_tasks(fork, machines, "60")
+    told = [x for process in processes for x in check_end(process)]
     check_places(told, machines)
     ranks = [rank for ranks in machines for rank in ranks]
     assert [x["returned"] for x in told if "returned" in x] == ranks
@@ -224,61 +178,87 @@ def test_processes_started_by_slurm(script, machines):
         ("hang", "4", ["rank 0 has lost another process", "DISTRIBUTED.TIMEOUT, 4 s"]),
     ],
 )
-def test_a_lost_process_ends_the_run(script, mode, seconds, messages):
-    process = start([script, "--num-gpus", "2", *CPU, seconds], MODE=mode)
+def test_a_lost_process_ends_the_run(fork, mode, seconds, messages):
+    process = fork(["--num-gpus", "2", *CPU, seconds], MODE=mode)
     told, err = finish(process, seconds=40)
     assert process.returncode == 1
     assert all(message in err for message in messages), err
     assert len(told) == 2
 
 
-@pytest.mark.slow
-def test_a_task_of_slurm_that_is_lost_is_reported(script):
-    first, second = start_tasks(script, [[0, 1]], "60", MODE="kill")
+def test_a_task_of_slurm_that_is_lost_is_reported(fork):
+    first, second = start_tasks(fork, [[0, 1]], "60", MODE="kill")
     err = finish(first, seconds=40)[1]
     finish(second)
     assert (first.returncode, second.returncode) == (1, -signal.SIGKILL)
     assert "rank 0 has lost another process" in err
 
 
-@pytest.mark.slow
-def test_a_machine_that_does_not_come(script):
-    words = [script, "--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
-    process = start([*words, *CPU, "3"])
+def test_a_machine_that_does_not_come(fork):
+    words = ["--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+    process = fork([*words, *CPU, "3"])
     told, err = finish(process, seconds=40)
     assert process.returncode == 1 and not told
     assert "did not answer within DISTRIBUTED.TIMEOUT, 3 s" in err
 
 
-@pytest.mark.parametrize(
-    ("number", "line"),
-    [
-        # When all processes, of which one waits for the other, are at work, or before.
-        (signal.SIGTERM, '{"rank": '),
-        pytest.param(signal.SIGKILL, '{"rank": ', marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, "begun", marks=pytest.mark.slow),
-    ],
-)
-def test_processes_end_with_their_parent(script, number, line):
-    process = start([script, "--num-gpus", "2", *CPU, "600"], MODE="hang")
-    wanted = 3 if line == "begun" else 2
-    while wanted:
-        wanted -= process.stdout.readline().startswith(line)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_their_parent(fork, number):
+    # All are at work, of which one waits for the other.
+    check_end_with_parent(fork(["--num-gpus", "2", *CPU, "600"], MODE="hang"), number, 2, '{"rank"')
+
+
+@pytest.mark.slow
+def test_processes_that_have_just_begun_end_with_their_parent():
+    process = start([SCRIPT, "--num-gpus", "2", *CPU, "600"], MODE="hang")
+    check_end_with_parent(process, signal.SIGKILL, 3, "begun")
+
+
+def check_end_with_parent(
+    process: subprocess.Popen | ForkedRun, number: int, lines: int, start_of_line: str
+) -> None:
+    """
+    Send a signal to the parent when there are so many such lines.
+    """
+    while lines:
+        lines -= process.stdout.readline().startswith(start_of_line)
     process.send_signal(number)
     # The pipe is open as long as one of them lives.
     told, _ = finish(process, seconds=30)
     assert process.returncode == -number and not told
 
 
-def test_a_port_in_use_is_named(script):
+def test_a_port_in_use_is_named(fork):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
         url = f"tcp://127.0.0.1:{sock.getsockname()[1]}"
-        process = start([script, "--num-gpus", "2", "--dist-url", url, *CPU, "60"])
+        process = fork(["--num-gpus", "2", "--dist-url", url, *CPU, "60"])
         told, err = finish(process, seconds=40)
     assert process.returncode == 1 and not told
     assert "ValueError: --dist-url: cannot listen" in err
+
+
+def _gather_in_vain() -> str:
+    # What Detectron2 gathers objects with beside NCCL: gloo's default is 30 minutes.
+    group = dist.new_group(backend="gloo")
+    with (
+        patch.object(comm, "_get_global_gloo_group", lambda: group),
+        patch.dict(os.environ, LOCAL_RANK=str(comm.get_rank())),
+    ):
+        launch._make_local_groups(timedelta(seconds=2))
+        if comm.get_rank() == 1:
+            return ""
+        try:
+            comm.all_gather(0)
+        except RuntimeError as error:
+            return str(error)
+    raise AssertionError("nobody answered")
+
+
+def test_the_timeout_is_also_that_of_objects(tmp_path):
+    first, _ = run_on_processes(_gather_in_vain, 2, tmp_path)
+    assert "Timed out waiting 2000ms" in first
 
 
 @pytest.fixture()
@@ -286,9 +266,8 @@ def alone(monkeypatch):
     """
     No variables of torchrun and SLURM; two GPUs.
     """
-    for name in [*environment.TORCHRUN, *os.environ]:
-        if name in environment.TORCHRUN or name.startswith("SLURM"):
-            monkeypatch.delenv(name, raising=False)
+    for name in filter(is_of_launch, list(os.environ)):
+        monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     return monkeypatch
 

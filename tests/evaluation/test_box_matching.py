@@ -9,9 +9,9 @@ import io
 
 import numpy as np
 import pytest
-from coco_case import random_case
 from pycocotools.cocoeval import COCOeval
 
+from avdet2.benchmark.evaluation import random_case
 from avdet2.evaluation import box_matching
 from avdet2.evaluation.box_matching import AREAS, COCO_IOUS, IOUS, evaluate_boxes
 from avdet2.evaluation.coco_boxes import Truth, coco, read_results

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from coco_case import random_case
 
+from avdet2.benchmark.evaluation import random_case
 from avdet2.evaluation import plots
 from avdet2.evaluation.box_matching import evaluate_boxes
 from avdet2.evaluation.cluster_matching import match_clusters

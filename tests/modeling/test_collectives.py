@@ -1,4 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from avdet2.modeling.collectives import (
     all_reduce,
     broadcast_buffers,
     exchange_columns,
+    of_main_process,
 )
 
 LAYOUTS = ("contiguous", "transposed")
@@ -55,16 +58,26 @@ def _exchanged(layout: str, gradients: bool) -> tuple[torch.Tensor, torch.Tensor
     return columns.detach(), rows.grad
 
 
+def _broadcast_as_nccl(tensor: torch.Tensor, source: int, broadcast=dist.broadcast) -> None:
+    assert tensor.is_contiguous(), "NCCL: Tensors must be contiguous"
+    broadcast(tensor, source)
+
+
 def _on_each_process() -> dict:
     rank = comm.get_rank()
     result = {"sum": all_reduce(torch.tensor([1.0, rank]))}
     largest = torch.tensor([rank, -rank - 1], dtype=torch.int32)
     result["max"] = all_reduce(largest, op=dist.ReduceOp.MAX)
+    result["object"] = of_main_process({"rank": rank, "values": torch.arange(3) + rank})
     norm = torch.nn.BatchNorm1d(2)
     norm.register_buffer("empty", torch.empty(0))
+    norm.register_buffer("transposed", (torch.arange(6.0).view(2, 3) + rank).t())
+    norm.register_buffer("own", torch.tensor(rank), persistent=False)
+    norm.weight.data += rank
     norm(torch.arange(4.0).view(2, 2) * (rank + 1))
-    broadcast_buffers(norm)
-    result["buffers"] = norm.running_mean, norm.num_batches_tracked
+    with patch.object(dist, "broadcast", _broadcast_as_nccl):
+        broadcast_buffers(norm)
+    result["module"] = {**dict(norm.named_buffers()), "weight": norm.weight.detach()}
     for layout in LAYOUTS:
         for gradients in (True, False):
             result["gather", layout, gradients] = _gathered(layout, gradients)
@@ -118,11 +131,22 @@ def test_reductions(processes):
     for result in processes:
         assert result["sum"].tolist() == [world_size, sum(range(world_size))]
         assert result["max"].tolist() == [world_size - 1, -1]
+        assert result["object"]["rank"] == 0
+        assert result["object"]["values"].tolist() == [0, 1, 2]
+
+
+def test_buffers_of_the_main_process(processes):
+    for rank, result in enumerate(processes):
+        module = result["module"]
         # A tenth of the main process's means, 1 and 2.
-        assert result["buffers"][0].tolist() == pytest.approx([0.1, 0.2])
-        assert result["buffers"][1] == 1
+        assert module["running_mean"].tolist() == pytest.approx([0.1, 0.2])
+        assert module["num_batches_tracked"] == 1
+        assert torch.equal(module["transposed"], torch.arange(6.0).view(2, 3).t())
+        # Weights are DDP's, and what no checkpoint holds stays as it is.
+        assert module["own"] == rank and module["weight"].tolist() == [1 + rank] * 2
 
 
 def test_one_process_gathers_nothing():
     x = torch.randn(3, 3)
     assert all_gather_with_grad(x) is exchange_columns(x) is all_reduce(x) is x
+    assert of_main_process(x) is x

@@ -117,7 +117,7 @@ def test_all_frames_are_cached_and_used(world, cache, capsys):
     _run(world, "whole")
     frames = sum(int(shard["frames"].sum()) for shard in _tables(world.prepared))
     assert f"{cache}: {frames} frames have heatmaps\n" in capsys.readouterr().out
-    settings = json.loads((cache / "heatmaps.json").read_text())
+    settings = json.loads((cache / "heatmaps.json").read_text())["settings"]
     assert settings["num_clusters"] == 3 and settings["config"]["INPUT.AV.FRAME_SIZE"] == 60
     assert settings["weights"] == world.weights
     on_the_fly, cached = _mapper(world, ""), _mapper(world, cache)
