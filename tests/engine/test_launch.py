@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(Path(__file__).with_name("launch_job.py"))
 CPU = ["MODEL.DEVICE", "cpu", "DISTRIBUTED.TIMEOUT"]
 
+
 def start(words: list[str], **variables: str) -> subprocess.Popen:
     """
     Start Python, with no other variables of torchrun and SLURM than these.
