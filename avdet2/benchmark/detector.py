@@ -29,7 +29,7 @@ from avdet2.benchmark.feeding import (
 )
 from avdet2.benchmark.machine import usable_cores
 from avdet2.benchmark.timing import Comparison, Report, Timing, alternate
-from avdet2.benchmark.training import BatchTraining, device_name, size_kind
+from avdet2.benchmark.training import BatchTraining, device_name, load_sized, size_kind
 from avdet2.config_file import load_cfg
 from avdet2.data.av_mapper import limit_threads, to_image_tensor
 from avdet2.data.heatmap_writer import write_heatmaps
@@ -294,17 +294,8 @@ def load(args: argparse.Namespace, config_file: str) -> CfgNode:
     """
     A detector's config with the sizes of a benchmark; on a GPU in bf16 unless it says otherwise.
     """
-    batch = str(BATCH_SIZES[size_kind(args)])
-    defaults = [
-        *("MODEL.DEVICE", args.device, "SOLVER.IMS_PER_BATCH", batch),
-        *("SOLVER.REFERENCE_WORLD_SIZE", "0", "SOLVER.AMP.PRECISION", "bf16"),
-        *("SOLVER.AMP.ENABLED", str(torch.device(args.device).type == "cuda")),
-        *(QUICK if args.quick else ()),
-    ]
-    cfg = load_cfg(config_file, [*defaults, *(args.opts or [])])
-    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        raise ValueError(f"{config_file} is not the config of a detector (GeneralizedRCNN)")
-    return cfg
+    amp = ("SOLVER.AMP.ENABLED", str(torch.device(args.device).type == "cuda"))
+    return load_sized(args, config_file, "GeneralizedRCNN", BATCH_SIZES, QUICK, amp)
 
 
 def run(args: argparse.Namespace) -> Report:

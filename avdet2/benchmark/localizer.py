@@ -38,12 +38,12 @@ from avdet2.benchmark.training import (
     LocalizerTraining,
     Variant,
     device_name,
+    load_sized,
     make_batch,
     plain_spectrogram,
     size_kind,
     variants,
 )
-from avdet2.config_file import load_cfg
 from avdet2.data.batch import PairBatch
 from avdet2.engine import AVTrainer
 
@@ -279,16 +279,7 @@ def load(args: argparse.Namespace, config_file: str) -> CfgNode:
     """
     A localizer's config with the sizes of a benchmark.
     """
-    batch = str(BATCH_SIZES[size_kind(args)])
-    defaults = [
-        *("MODEL.DEVICE", args.device, "SOLVER.IMS_PER_BATCH", batch),
-        *("SOLVER.REFERENCE_WORLD_SIZE", "0", "SOLVER.AMP.PRECISION", "bf16"),
-        *(QUICK if args.quick else ()),
-    ]
-    cfg = load_cfg(config_file, [*defaults, *(args.opts or [])])
-    if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer":
-        raise ValueError(f"{config_file} is not the config of an AVLocalizer")
-    return cfg
+    return load_sized(args, config_file, "AVLocalizer", BATCH_SIZES, QUICK)
 
 
 def run(args: argparse.Namespace) -> Report:

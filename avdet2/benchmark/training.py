@@ -5,7 +5,7 @@ Trainings of the localizer on one batch, from plain PyTorch to all that the conf
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
 from avdet2.benchmark.profiling import Stopwatch
+from avdet2.config_file import load_cfg
 from avdet2.data.batch import Batch, PairBatch, stacked_on
 from avdet2.engine import AVTrainer
 from avdet2.engine.train_step import TrainStep
@@ -41,6 +42,41 @@ def size_kind(args: argparse.Namespace) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: there is no CUDA device")
     return "quick" if args.quick else kind
+
+
+def load_sized(
+    args: argparse.Namespace,
+    config_file: str,
+    architecture: str,
+    batch_sizes: Mapping[str, int],
+    quick: Sequence[str],
+    opts: Sequence[str] = (),
+) -> CfgNode:
+    """
+    A config with the sizes of a benchmark, which KEY VALUE of the command line may change.
+
+    Args:
+        args: with ``device``, ``quick`` and ``opts``.
+        config_file: of the model.
+        architecture: its MODEL.META_ARCHITECTURE.
+        batch_sizes: by :func:`size_kind`.
+        quick: KEY VALUE for quick runs.
+        opts: KEY VALUE for all.
+
+    Raises:
+        ValueError: the config is of another model, or there is no such device.
+    """
+    defaults = [
+        *("MODEL.DEVICE", args.device, "SOLVER.REFERENCE_WORLD_SIZE", "0"),
+        *("SOLVER.IMS_PER_BATCH", str(batch_sizes[size_kind(args)])),
+        *("SOLVER.AMP.PRECISION", "bf16"),
+        *opts,
+        *(quick if args.quick else ()),
+    ]
+    cfg = load_cfg(config_file, [*defaults, *(args.opts or [])])
+    if cfg.MODEL.META_ARCHITECTURE != architecture:
+        raise ValueError(f"{config_file} has another MODEL.META_ARCHITECTURE than {architecture}")
+    return cfg
 
 
 def device_name(device: str) -> str:

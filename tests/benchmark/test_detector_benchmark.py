@@ -3,12 +3,12 @@
 The detector's benchmark: the mapper that is its baseline, and a quick run.
 """
 
-import argparse
 import math
 
 import numpy as np
 import pytest
 import torch
+from quick_arguments import arguments
 
 from avdet2.benchmark import detector
 from avdet2.benchmark.detector import CACHED, ON_THE_FLY, STORED, StoredBoxMapper
@@ -17,12 +17,6 @@ from avdet2.data.self_box_mapper import SelfBoxMapper
 
 WARMUP = str(detector.CONFIGS / "Unsupervised-Detection" / "warmup_R50_FPN.yaml")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-def arguments(**changes):
-    given = {"rounds": 1, "config_file": "", "opts": [], "device": "cpu", "quick": True}
-    given |= {"clips": "", "prepared": "", "output": ""}
-    return argparse.Namespace(**{**given, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +104,8 @@ class TestRun:
 
     def test_config_of_another_model_is_an_error(self):
         config = detector.CONFIGS / "AV-Localization" / "pretrain.yaml"
-        with pytest.raises(ValueError, match="not the config of a detector"):
+        message = "another MODEL.META_ARCHITECTURE than GeneralizedRCNN"
+        with pytest.raises(ValueError, match=message):
             detector.load(arguments(quick=False), str(config))
 
     @needs_cuda

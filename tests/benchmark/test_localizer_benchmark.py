@@ -3,7 +3,6 @@
 The localizer's benchmark: its parts against truths of their own, and a quick run.
 """
 
-import argparse
 import itertools
 import math
 import os
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from quick_arguments import arguments
 from torch.autograd import DeviceType
 
 from detectron2.data import DatasetCatalog
@@ -46,12 +46,6 @@ from avdet2.data.packed import PackedClips
 from avdet2.modeling.spectrogram import LogSpectrogram
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-def arguments(**changes):
-    given = {"rounds": 1, "config_file": "", "opts": [], "device": "cpu", "quick": True}
-    given |= {"clips": "", "prepared": "", "output": ""}
-    return argparse.Namespace(**{**given, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +296,7 @@ class TestRun:
 
     def test_config_of_another_model_is_an_error(self):
         config = localizer.CONFIGS.parent / "Unsupervised-Detection" / "warmup_R50_FPN.yaml"
-        with pytest.raises(ValueError, match="not the config of an AVLocalizer"):
+        with pytest.raises(ValueError, match="another MODEL.META_ARCHITECTURE than AVLocalizer"):
             localizer.load(arguments(quick=False), str(config))
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -6,14 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from small_localizer import small_cfg
 from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 
 from avdet2.checkpoint.reading import load_weights
-from avdet2.config import add_avdet2_config
 from avdet2.modeling.frozen import (
     check_hand_over,
     holds_localizer,
@@ -22,28 +21,13 @@ from avdet2.modeling.frozen import (
 )
 
 
-def _cfg():
-    cfg = get_cfg()
-    add_avdet2_config(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.META_ARCHITECTURE = "AVLocalizer"
-    cfg.MODEL.BACKBONE.NAME = "build_avol_backbone"
-    cfg.MODEL.AVOL.CHANNELS = (8, 8, 12, 16)
-    cfg.MODEL.AVOL.POOLS = (2, 2, 1)
-    node = cfg.MODEL.LOCALIZER
-    node.AUDIO_ENCODER.CHANNELS = (4, 8, 12, 20)
-    node.HIDDEN_DIM, node.EMBED_DIM, node.NUM_CLUSTERS = 24, 10, 5
-    node.SPECTROGRAM.N_MELS, node.SPECTROGRAM.HOP_LENGTH = 64, 240
-    return cfg
-
-
 @pytest.fixture
 def trained(tmp_path):
     """
     A localizer with random weights and statistics, as its training would leave it.
     """
     torch.manual_seed(0)
-    cfg = _cfg()
+    cfg = small_cfg()
     model = build_model(cfg)
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")):
@@ -89,7 +73,7 @@ def test_missing_files(trained, tmp_path):
 
 
 def test_a_config_of_another_localizer(trained, tmp_path):
-    cfg = _cfg()
+    cfg = small_cfg()
     cfg.MODEL.LOCALIZER.NUM_CLUSTERS = 6
     (tmp_path / "config.yaml").write_text(cfg.dump())
     with pytest.raises(ValueError, match="does not fit"):
@@ -97,7 +81,7 @@ def test_a_config_of_another_localizer(trained, tmp_path):
 
 
 def test_a_config_of_something_else(trained, tmp_path):
-    cfg = _cfg()
+    cfg = small_cfg()
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     (tmp_path / "config.yaml").write_text(cfg.dump())
     with pytest.raises(ValueError, match="AVLocalizer"):
@@ -125,7 +109,7 @@ def test_a_localizer_may_start_from_one_of_the_same_shape(trained, tmp_path):
     weights = _paths(tmp_path)[1]
     check_hand_over(trained, weights)
     # Another K, or new heads, or heads that are no longer needed.
-    cfg = _cfg()
+    cfg = small_cfg()
     cfg.MODEL.LOCALIZER.NUM_CLUSTERS = 9
     check_hand_over(build_model(cfg), weights)
     cfg.MODEL.LOCALIZER.LAMBDA = 1.0
@@ -139,11 +123,11 @@ def test_a_localizer_may_start_from_one_of_the_same_shape(trained, tmp_path):
 
 def test_a_localizer_does_not_start_from_a_different_one(trained, tmp_path):
     weights = _paths(tmp_path)[1]
-    cfg = _cfg()
+    cfg = small_cfg()
     cfg.MODEL.LOCALIZER.EMBED_DIM = 12
     with pytest.raises(ValueError, match=r"model_final.pth .* 4 tensors .*loc_a\.\S+bias, loc_a"):
         check_hand_over(build_model(cfg), weights)
-    cfg = _cfg()
+    cfg = small_cfg()
     cfg.MODEL.AVOL.CHANNELS = (8, 8, 12, 24)
     with pytest.raises(ValueError, match="another network: .*visual_encoder"):
         check_hand_over(build_model(cfg), weights)
@@ -172,14 +156,14 @@ def test_other_hand_overs_are_not_checked(trained, tmp_path):
 
 def test_a_localizer_does_not_start_from_a_backbone_alone(trained, tmp_path):
     # Detectron2 would load nothing, as the names are others.
-    for model in (trained.visual_encoder, _simclr(_cfg())):
+    for model in (trained.visual_encoder, _simclr(small_cfg())):
         weights = _save(model, tmp_path / "alone.pth")
         with pytest.raises(ValueError, match=r"alone.pth .*set MODEL\.LOCALIZER\.BACKBONE_WEIGHTS"):
             check_hand_over(trained, weights)
 
 
 def test_a_detector_finds_its_backbone_in_the_weights_or_does_not_start(trained, tmp_path):
-    simclr = _save(_simclr(_cfg()), tmp_path / "simclr.pth")
+    simclr = _save(_simclr(small_cfg()), tmp_path / "simclr.pth")
     detector = nn.ModuleDict({"backbone": _fpn(), "head": nn.Linear(2, 2)})
     check_hand_over(detector, simclr)
     other = nn.ModuleDict({"backbone": _fpn((8, 8, 12, 20))})
@@ -190,7 +174,7 @@ def test_a_detector_finds_its_backbone_in_the_weights_or_does_not_start(trained,
         check_hand_over(other, _save(nn.Linear(2, 2), tmp_path / "layer.pth"))
     with pytest.raises(ValueError, match="model_final.pth .*INIT_BACKBONE True"):
         check_hand_over(detector, _paths(tmp_path)[1])
-    plain = nn.ModuleDict({"backbone": build_backbone(_cfg())})
+    plain = nn.ModuleDict({"backbone": build_backbone(small_cfg())})
     with pytest.raises(ValueError, match="simclr.pth .*none of the backbone's"):
         check_hand_over(plain, simclr)
 
@@ -277,7 +261,7 @@ def test_what_a_whole_localizer_is(trained, tmp_path):
 
 
 def _fpn(channels=(8, 8, 12, 16)):
-    cfg = _cfg()
+    cfg = small_cfg()
     cfg.MODEL.BACKBONE.NAME = "build_avol_fpn_backbone"
     cfg.MODEL.AVOL.CHANNELS = channels
     cfg.MODEL.AVOL.OUT_FEATURES = ("conv2", "conv4")
@@ -293,7 +277,7 @@ def _simclr(cfg):
 
 
 def _resnet_cfg(depth=18, last="res5"):
-    cfg = _cfg()
+    cfg = small_cfg()
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_resnet_backbone", 0
     node = cfg.MODEL.RESNETS
     node.DEPTH, node.RES2_OUT_CHANNELS, node.NORM = depth, 64, "BN"
@@ -309,7 +293,7 @@ def _assert_equal_states(actual: dict, expected: dict) -> None:
 
 def test_init_backbone_from_a_localizer(trained, tmp_path):
     expected = trained.visual_encoder.state_dict()
-    for backbone in (_fpn(), build_backbone(_cfg())):
+    for backbone in (_fpn(), build_backbone(small_cfg())):
         init_backbone(backbone, _paths(tmp_path)[1], "KEY")
         trunk = getattr(backbone, "bottom_up", backbone)
         _assert_equal_states(trunk.state_dict(), expected)
