@@ -7,8 +7,8 @@ A shard is three files. `.jpg` holds, clip after clip, a table of its frames, ch
 and the JPEG bytes; `.pcm` the sound as int16; `.npz` where each clip lies, and the sizes of the
 other two. The last one is written last and atomically: without it there is no shard, and with it
 the shard is whole and is never written again. It also holds the videos as they were, which only
-the writer looks at. `prepared.json` holds the settings and the root
-folder of the videos, which may be edited when they move.
+the writer looks at. `prepared.json` holds the settings and the root folder of the videos, which may
+be edited when they move.
 
 Plain files serve this as well as LMDB or webdataset at the same cost: nothing to install, random
 access, and a folder that can be copied.
@@ -224,7 +224,7 @@ class PackedClips:
         The table of a clip's frames, and the checksums of each second of its sound.
         """
         entry = self._clips[place]
-        pictures, _ = self._mapped(int(self._shard_of[place]))
+        pictures, _ = self._mapped(self.shard_of(place))
         at, frames = int(entry["at"]), int(entry["frames"]) * FRAME.itemsize
         seconds = -(-int(entry["samples"]) // self.settings.sample_rate)
         head = pictures[at : at + frames + 4 * seconds]
@@ -232,7 +232,7 @@ class PackedClips:
         return head[:frames].view(FRAME), head[frames:].view("<u4")
 
     def _image(self, place: int, frame: np.void, name: str) -> np.ndarray:
-        pictures, _ = self._mapped(int(self._shard_of[place]))
+        pictures, _ = self._mapped(self.shard_of(place))
         begin = int(self._clips[place]["at"]) + int(frame["at"])
         jpeg = pictures[begin : begin + int(frame["size"])]
         self._check(jpeg, frame["crc"], name)
@@ -243,7 +243,7 @@ class PackedClips:
         self, place: int, crcs: np.ndarray, time: float, duration: float, name: str
     ) -> np.ndarray:
         entry = self._clips[place]
-        _, sound = self._mapped(int(self._shard_of[place]))
+        _, sound = self._mapped(self.shard_of(place))
         rate, samples = self.settings.sample_rate, int(entry["samples"])
         length = round(duration * rate)
         begin = round((time - duration / 2) * rate) - int(entry["sound_start"])

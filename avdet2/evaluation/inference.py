@@ -11,31 +11,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from detectron2.data import DatasetFromList
 from detectron2.data.samplers import InferenceSampler
 
 from avdet2.data.batch import Batch, PairBatch
+from avdet2.data.loaders import MappedClips
 from avdet2.data.video import MediaError
 
 logger = logging.getLogger(__name__)
 
 
-class _MappedClips(Dataset):
+class _ReadClips(MappedClips):
     """
-    Clips through a mapper; one that cannot be read becomes its error, where the stock MapDataset
-    would put another clip in its place.
+    Clips through a mapper; one that cannot be read becomes its error, and no other clip takes its
+    place.
     """
-
-    def __init__(self, clips: Sequence[dict], mapper: Callable[[dict], dict]) -> None:
-        # Workers would copy a list, page by page; a table of clips they share as it is.
-        is_list = isinstance(clips, list)
-        self.clips = DatasetFromList(clips, copy=False) if is_list else clips
-        self.mapper = mapper
-
-    def __len__(self) -> int:
-        return len(self.clips)
 
     def __getitem__(self, index: int) -> dict | MediaError:
         try:
@@ -78,7 +69,7 @@ class ReadableLoader:
             batch_size, num_workers, pin_memory: of the loader.
         """
         self._loader = DataLoader(
-            _MappedClips(clips, mapper),
+            _ReadClips(clips, mapper),
             batch_size=batch_size,
             sampler=InferenceSampler(len(clips)),
             num_workers=num_workers,
