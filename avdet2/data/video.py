@@ -12,7 +12,7 @@ import bisect
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,6 +244,11 @@ class MediaFile:
         except av.error.FFmpegError:
             self._container.seek(max(target, 0), stream=stream)
 
+    def _demuxed(self, streams: Any) -> closing:
+        # A generator of PyAV (18.1) that is left, and not closed, never frees its buffer: 150 bytes
+        # a sample, each in a hole that the next sample's arrays then no longer fit into.
+        return closing(self._container.demux(streams))
+
     def _ends(self) -> dict[Any, float]:
         # Declared lengths are wrong in truncated files and missing in live recordings.
         streams = [stream for stream in (self.video, self.audio) if stream is not None]
@@ -252,8 +257,8 @@ class MediaFile:
             if not streams or len(ends) == len(streams):
                 break
             self._seek(begin, streams[0])
-            with suppress(av.error.InvalidDataError):
-                for packet in self._container.demux(streams):
+            with suppress(av.error.InvalidDataError), self._demuxed(streams) as demuxed:
+                for packet in demuxed:
                     stamp = packet.dts if packet.pts is None else packet.pts
                     if stamp is not None and packet.size:
                         end = float((stamp + (packet.duration or 0)) * packet.time_base)
@@ -301,11 +306,12 @@ class MediaFile:
         packets = []
         # B frames: a packet's decoding time is never after its display time; the rest is margin.
         limit = (end + self.origin + 0.2) / self.video.time_base
-        for packet in self._container.demux(self.video):
-            if packet.size:
-                packets.append(packet)
-            if packet.dts is not None and packet.dts > limit:
-                break
+        with self._demuxed(self.video) as demuxed:
+            for packet in demuxed:
+                if packet.size:
+                    packets.append(packet)
+                if packet.dts is not None and packet.dts > limit:
+                    break
         return packets
 
     def _stamp(self, seconds: float) -> float:
@@ -380,10 +386,11 @@ class MediaFile:
     def _sound_frames(self, begin: float, end: float) -> Iterator[av.AudioFrame]:
         context, tick = self.audio.codec_context, float(self.audio.time_base)
         first, last = (begin + self.origin) / tick, (end + self.origin) / tick
-        for packet in self._container.demux(self.audio):
-            known = packet.pts is not None
-            if known and packet.pts + (packet.duration or 0) < first:
-                continue
-            yield from context.decode(packet if packet.size else None)
-            if known and packet.pts > last:
-                return
+        with self._demuxed(self.audio) as demuxed:
+            for packet in demuxed:
+                known = packet.pts is not None
+                if known and packet.pts + (packet.duration or 0) < first:
+                    continue
+                yield from context.decode(packet if packet.size else None)
+                if known and packet.pts > last:
+                    return
