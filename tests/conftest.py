@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from emulated_gpu import emulated_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,3 +45,15 @@ def tiny_datasets(tmp_path_factory) -> Path:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     return root
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """
+    A GPU for this test, emulated where there is none; see :mod:`emulated_gpu`.
+    """
+    if torch.cuda.is_available():
+        yield
+    else:
+        with emulated_gpu(monkeypatch):
+            yield

@@ -120,8 +120,7 @@ def test_a_batch_from_a_worker_needs_few_descriptors():
     assert used[list] >= 120 and used[PairBatch] <= 6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_pinned_on_the_way_to_a_gpu():
+def test_pinned_on_the_way_to_a_gpu(gpu):
     loader = DataLoader(_samples(), 4, collate_fn=PairBatch, num_workers=1, pin_memory=True)
     batch = next(iter(loader))
     device = torch.device("cuda")

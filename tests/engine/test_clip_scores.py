@@ -86,9 +86,8 @@ def test_memory_for_each_clip_and_cluster(aligned, tmp_path):
     assert 4 < taken < 12 + rest
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("aligned", [True, False])
-def test_scores_stay_on_a_gpu(aligned, monkeypatch):
+def test_scores_stay_on_a_gpu(gpu, aligned, monkeypatch):
     logits, device = _logits(), torch.device("cuda")
     expected = ClipScores(CLIPS, CLUSTERS, CPU, aligned)
     found = ClipScores(CLIPS, CLUSTERS, device, aligned)

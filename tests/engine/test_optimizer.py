@@ -11,7 +11,6 @@ from avdet2.config import add_avdet2_config
 from avdet2.engine import optimizer as module
 from avdet2.engine.optimizer import build_optimizer
 
-HAS_GPU = torch.cuda.is_available()
 STOCK = ("SGD", "Adam", "AdamW")
 
 
@@ -119,9 +118,8 @@ def test_a_checkpoint_of_another_model_is_refused():
         optimizer.load_state_dict(state)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("name", STOCK)
-def test_from_cpu_to_gpu_and_back(name):
+def test_from_cpu_to_gpu_and_back(gpu, name):
     first, second, third = _model(), _model().cuda(), _model()
     optimizers = [build_optimizer(_cfg(name), model) for model in (first, second, third)]
     _train(first, optimizers[0])

@@ -11,55 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import CONFIGS, make_cfg, simclr_cfg
 
 from detectron2.data import DatasetCatalog
 
-from avdet2.data.datasets.synthetic import register_synthetic
 from avdet2.engine import AVTrainer, load_cfg
 from avdet2.engine.lars import LARS
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules"
-
-
-@pytest.fixture(scope="module")
-def tiny_av(tiny_datasets):
-    if "tiny_av_train" not in DatasetCatalog.list():
-        register_synthetic(str(tiny_datasets / "synthetic_av"), prefix="tiny_av")
-    return "tiny_av"
-
-
-def simclr_cfg(tiny_av, output_dir, *opts):
-    cfg = load_cfg(
-        str(CONFIGS / "synthetic_simclr.yaml"),
-        [
-            *("OUTPUT_DIR", str(output_dir), "DATALOADER.NUM_WORKERS", "0"),
-            *("DATASETS.TRAIN", f"('{tiny_av}_train',)", "SOLVER.IMS_PER_BATCH", "8"),
-            *("SOLVER.MAX_EPOCH", "0.0", "SOLVER.WARMUP_EPOCH", "0.0", "SOLVER.MAX_ITER", "4"),
-            *("SOLVER.WARMUP_ITERS", "1", "SOLVER.CHECKPOINT_PERIOD", "2"),
-            *("INPUT.VIEWS.SIZE", "32", "MODEL.SIMCLR.HIDDEN_DIM", "16"),
-            *("SOLVER.OPTIMIZER", "LARS", "SOLVER.BASE_LR", "0.6"),
-            *("SOLVER.WEIGHT_DECAY", "0.000001"),
-            *opts,
-        ],
-    )
-    cfg.freeze()
-    return cfg
-
-
-def make_cfg(tiny_av, output_dir, *opts):
-    cfg = load_cfg(
-        str(CONFIGS / "synthetic_joint.yaml"),
-        [
-            *("MODEL.WEIGHTS", "", "OUTPUT_DIR", str(output_dir), "DATALOADER.NUM_WORKERS", "0"),
-            *("DATASETS.TRAIN", f"('{tiny_av}_train',)", "DATASETS.TEST", "()"),
-            *("MODEL.LOCALIZER.NUM_CLUSTERS", "2", "SOLVER.IMS_PER_BATCH", "6"),
-            *("MODEL.LOCALIZER.SELF_LABEL.NUM_OPTIMIZATIONS", "3", "SOLVER.CHECKPOINT_PERIOD", "2"),
-            *("SOLVER.MAX_EPOCH", "0.0", "SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1"),
-            *opts,
-        ],
-    )
-    cfg.freeze()
-    return cfg
 
 
 @pytest.fixture(scope="module")

@@ -152,8 +152,7 @@ def test_tensors_of_a_batch(num_workers):
         assert torch.equal(sample["image"], torch.full((3, 4 + number % 2, 4), number))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_for_a_gpu_are_pinned():
+def test_batches_for_a_gpu_are_pinned(gpu):
     model = Doubler()
     model.weight = nn.Parameter(torch.ones(1, device="cuda"))
     batches = [inputs for inputs, _ in predict_clips(model, _clips(7), TensorMapper(2), 3, 2)]

@@ -13,6 +13,8 @@ from detectron2.utils.events import EventStorage
 
 from avdet2.data.batch import PairBatch
 from avdet2.engine import AVTrainer
+from avdet2.engine.optimizer import build_optimizer
+from avdet2.engine.train_step import TrainStep
 
 
 def test_a_pair_batch_is_a_list():
@@ -192,26 +194,30 @@ def test_a_compiled_training_is_the_same():
     assert counters["stats"]["unique_graphs"] == before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("pool", ["max", "avg"])
-def test_a_training_step_never_waits_for_the_gpu(pool):
-    model = small_model(POOL=pool).cuda().train()
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD", "LARS"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"POOL": "max"},
+        {"POOL": "avg", "LAMBDA": 1.0},
+        {"OBJECTIVE": "bce"},
+        {"OBJECTIVE": "triplet", "POOL": "attention"},
+    ],
+)
+def test_a_training_step_never_waits_for_the_gpu(gpu, keys, optimizer):
+    cfg = small_cfg(**keys)
+    cfg.MODEL.DEVICE, cfg.SOLVER.OPTIMIZER = "cuda", optimizer
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    model = AVTrainer.build_model(cfg).train()
     model.labels = torch.tensor([3, 0, 4, -1]).cuda()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
-    batch = PairBatch(pair_samples()).pin_memory()
-
-    def step():
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = sum(model(batch).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    with EventStorage() as storage:
-        step()
-        storage.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    batch, optimizer = PairBatch(pair_samples()).pin_memory(), build_optimizer(cfg, model)
+    step = TrainStep(model, [batch] * 3, optimizer, precision="bf16", metric_period=20)
+    # What is logged now and then is waited for.
+    with EventStorage(1) as storage:
+        for step.iter in (1, 2):
+            torch.cuda.set_sync_debug_mode("default" if step.iter == 1 else "error")
+            try:
+                step.run_step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            storage.step()

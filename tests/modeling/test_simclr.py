@@ -358,8 +358,7 @@ def test_a_gpu_is_seldom_asked_for_what_is_logged(monkeypatch):
     assert logged == [(0.25, 0), (0.25, 20), (0.25, 40)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_training_step_never_waits_for_the_gpu():
+def test_a_training_step_never_waits_for_the_gpu(gpu):
     model, batch = _model().cuda(), PairBatch(_inputs(two=True)).pin_memory()
     with EventStorage() as storage:
         model(batch)["loss_nt_xent"].backward()

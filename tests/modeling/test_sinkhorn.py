@@ -179,9 +179,8 @@ def test_vectors_without_stored_exponentials(vector, monkeypatch):
     assert result.error <= 1e-6
 
 
-@needs_gpu
 @each_vector
-def test_vectors_on_a_gpu(vector):
+def test_vectors_on_a_gpu(gpu, vector):
     scores = _scores(vector).float().cuda()
     result = sinkhorn_labels(scores, vector["col_marginal"], vector["lambda_sk"])
     assert result.labels.is_cuda and not result.bias.is_cuda
@@ -189,10 +188,9 @@ def test_vectors_on_a_gpu(vector):
     assert result.error <= 1e-6
 
 
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("chunk_bytes", [1 << 26, 1 << 13])
-def test_a_gpu_gives_the_labels_of_the_cpu(dtype, chunk_bytes, monkeypatch):
+def test_a_gpu_gives_the_labels_of_the_cpu(gpu, dtype, chunk_bytes, monkeypatch):
     monkeypatch.setitem(sinkhorn._CHUNK_BYTES, "cuda", chunk_bytes)
     scores = _planted().to(dtype)
     expected, found = (sinkhorn_labels(x, tol=1e-11) for x in (scores, scores.cuda()))
