@@ -19,10 +19,10 @@ from typing import Any
 import cv2
 from tqdm import tqdm
 
-from avdet2.data.clip_index import parallel_map
 from avdet2.data.clips import scan_clips
 from avdet2.data.packed import PackSettings
 from avdet2.data.packed_writer import PackedClip, PackedWriter, pack_clip
+from avdet2.data.parallel import CRASHED, parallel_map
 from avdet2.data.video import MediaError
 
 
@@ -70,6 +70,13 @@ def pack_or_fail(
         return error
 
 
+def crashed(clip: dict[str, Any]) -> MediaError:
+    """
+    What stands for the prepared form of a clip at which a process died.
+    """
+    return MediaError(clip["file_name"], CRASHED)
+
+
 def write_failures(path: Path, failures: list[dict[str, Any]]) -> None:
     """
     The failures with their reasons, and how often each occurred.
@@ -112,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
         warn_of_outdated(outdated)
         pack = partial(pack_or_fail, settings=settings, root=writer.root)
         clips = (found.clips[i] for i in todo)
-        results = parallel_map(pack, clips, min(args.workers, len(todo)))
+        results = parallel_map(pack, clips, min(args.workers, len(todo)), crashed)
         for i, result in zip(todo, tqdm(results, "Preparing clips", len(todo), unit="clip")):
             if isinstance(result, MediaError):
                 clip = found.clips[i]

@@ -12,22 +12,18 @@ import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from threading import Thread
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from avdet2.data.clip_list import ClipList
 from avdet2.data.file_table import NUMBERS, FileFacts, FileNames, FileTable
+from avdet2.data.parallel import CRASHED, parallel_map
 from avdet2.data.video import MediaError, probe
 
 logger = logging.getLogger(__name__)
@@ -138,7 +134,7 @@ def _completed(
     files = rows.files if rows is not None else content
     facts, todo = _known_facts(files, known.facts, trusted)
     workers = 1 if len(todo) < 16 else len(os.sched_getaffinity(0))
-    found = parallel_map(_look_at, (files[i] for i in todo), workers)
+    found = parallel_map(_look_at, (files[i] for i in todo), workers, _crashed)
     progress = tqdm(found, "Probing videos", len(todo), unit="file", disable=len(todo) < 16)
     save_at = SAVE_EVERY
     for count, (i, fact) in enumerate(zip(todo, progress, strict=True), 1):
@@ -195,6 +191,10 @@ def _look_at(file: str) -> FileFacts:
     problem = "" if info.has_audio else "no audio stream"
     problem = problem if info.has_video else "no video stream"
     return FileFacts(*stat, info.duration, info.width, info.height, problem)
+
+
+def _crashed(file: str) -> FileFacts:
+    return FileFacts(*_stat(file), problem=CRASHED)
 
 
 def read_index(index: str) -> Index:
@@ -285,45 +285,3 @@ def _locked(index: str) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-def parallel_map(
-    function: Callable[[Any], Any], items: Iterable[Any], workers: int
-) -> Iterator[Any]:
-    """
-    `map` in several processes: results in order, a few items ahead of what is taken.
-
-    Raises:
-        ValueError: a process was killed, with the items that it may have been at.
-    """
-    if workers <= 1:
-        yield from map(function, items)
-        return
-    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
-        pending: deque[tuple[Any, Future]] = deque()
-        try:
-            for item in items:
-                pending.append((item, pool.submit(function, item)))
-                if len(pending) >= 4 * workers:
-                    yield pending[0][1].result()
-                    pending.popleft()
-            while pending:
-                yield pending[0][1].result()
-                pending.popleft()
-        except BrokenProcessPool as error:
-            unfinished = [str(item) for item, future in pending if future.exception()]
-            raise ValueError(
-                "a process was killed, by the system for want of memory or by a file that crashes "
-                f"its decoder, at one of these: {'; '.join(unfinished[:workers])}"
-            ) from error
-
-
-def _end_with_parent() -> None:
-    # Workers of a process that was killed would wait for ever.
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()

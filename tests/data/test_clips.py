@@ -14,7 +14,7 @@ from media_files import HEIGHT, WIDTH, write_video
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.data import clip_index
-from avdet2.data.clip_index import Index, list_key, parallel_map
+from avdet2.data.clip_index import Index, list_key
 from avdet2.data.clips import (
     ClipRow,
     clips_from_folder,
@@ -25,6 +25,7 @@ from avdet2.data.clips import (
     training_clips,
 )
 from avdet2.data.file_table import FileFacts, FileTable
+from avdet2.data.parallel import CRASHED
 
 
 @pytest.fixture(scope="module")
@@ -366,34 +367,29 @@ def test_a_long_list_starts_without_a_look_at_the_files(tmp_path: Path, probed: 
     assert found.clips[0]["start"] == 1.0 and found.clips[0]["duration"] == 9.0
 
 
-def test_parallel_map() -> None:
-    assert list(parallel_map(abs, range(-50, 0), 2)) == list(range(50, 0, -1))
-    with pytest.raises(TypeError):
-        list(parallel_map(abs, [1, 2, "three"], 2))
-
-
-def _die_at_20(item: int) -> int:
-    if item == 20:
-        os._exit(1)
-    return item
-
-
-def test_a_process_that_dies_is_told() -> None:
-    found, items = [], parallel_map(_die_at_20, range(1000), 2)
-    with pytest.raises(ValueError, match="was killed, .* at one of these: [0-9; ]+$") as error:
-        for item in items:
-            found.append(item)
-    # Which was before it, or at the same time.
-    first = int(str(error.value).split(": ")[-1].split(";")[0])
-    assert found == list(range(len(found))) and len(found) <= first <= 20
-
-
 def test_many_files_are_probed_in_processes(videos: Path, tmp_path: Path) -> None:
     for i in range(20):
         (tmp_path / f"{i:02d}.mkv").symlink_to(videos / "a.mkv")
     clips = load_av_clips(str(tmp_path))
     assert [os.path.basename(clip["file_name"]) for clip in clips] == [
         f"{i:02d}.mkv" for i in range(20)
+    ]
+
+
+def test_a_file_that_crashes_its_decoder_is_left_out(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02d}.mkv").symlink_to(videos / "a.mkv")
+    probe = clip_index.probe
+    monkeypatch.setattr(
+        clip_index, "probe", lambda path: os._exit(1) if path.endswith("13.mkv") else probe(path)
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    found = scan_clips(str(tmp_path))
+    assert len(found.clips) == 19
+    assert [(os.path.basename(file), reason) for file, reason in found.skipped] == [
+        ("13.mkv", CRASHED)
     ]
 
 

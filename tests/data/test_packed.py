@@ -25,10 +25,12 @@ from detectron2.config import get_cfg
 
 from avdet2.config import add_avdet2_config
 from avdet2.data import packed as packed_module
+from avdet2.data import packed_writer
 from avdet2.data.av_mapper import AVMapper
 from avdet2.data.clips import scan_clips
 from avdet2.data.packed import ClipReader, PackedClips, PackSettings
 from avdet2.data.packed_writer import PackedWriter, pack_clip
+from avdet2.data.parallel import CRASHED
 from avdet2.data.video import MediaError, read_sample
 from avdet2.data.waveform import audio_to_int16
 from avdet2.modeling.spectrogram import LogSpectrogram
@@ -381,6 +383,27 @@ def test_the_tool(tmp_path: Path, clips: list[dict[str, Any]], run_tool: Any) ->
     assert state(output) == before
     for name in ("silent.mp4", "cut.mp4"):
         (root / name).unlink()
+
+
+def test_the_tool_goes_on_after_a_crash(
+    tmp_path: Path, clips: list[dict[str, Any]], run_tool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.mov").symlink_to(clips[3]["file_name"])
+    opened = packed_writer.MediaFile
+
+    def crash(path: str) -> Any:
+        return os.kill(os.getpid(), signal.SIGKILL) if path.endswith("2.mov") else opened(path)
+
+    monkeypatch.setattr(packed_writer, "MediaFile", crash)
+    output = tmp_path / "out"
+    arguments = ("--folder", tmp_path, "--output", output, "--workers", 2)
+    assert "0 clips were there, 4 were added" in run_tool(*arguments)
+    (failure,) = json.loads((output / "failures.json").read_text())["clips"]
+    assert os.path.basename(failure["file"]) == "2.mov" and failure["reason"] == CRASHED
+    # What is not prepared is tried again.
+    monkeypatch.undo()
+    assert "4 clips were there, 1 were added" in run_tool(*arguments, "--workers", 1)
 
 
 def test_the_tool_killed_and_run_again(tmp_path: Path, clips: list[dict[str, Any]]) -> None:

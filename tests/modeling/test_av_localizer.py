@@ -220,6 +220,21 @@ def test_images_of_different_sizes_in_one_call():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sizes", [3 * ((64, 96),), ((64, 96), (60, 64), (72, 64))])
+def test_inference_on_a_gpu(gpu, sizes):
+    model, batch = small_model().eval(), pair_samples(sizes)
+    expected, found = model(batch), model.cuda()(batch)
+    for one, other in zip(expected, found):
+        for key in ("heatmap", "logits_v", "logits_a", "embed_a"):
+            assert other[key].is_cuda
+            torch.testing.assert_close(other[key].cpu(), one[key], rtol=1e-3, atol=1e-4)
+        one, other = one["instances"], other["instances"]
+        assert other.pred_classes.tolist() == one.pred_classes.tolist()
+        assert not other.pred_boxes.tensor.is_cuda
+        torch.testing.assert_close(other.pred_boxes.tensor, one.pred_boxes.tensor)
+
+
+@torch.no_grad()
 def test_without_clusters_there_are_boxes_of_class_0():
     (output,) = small_model(LAMBDA=1.0).eval()(pair_samples()[:1])
     assert output["logits_v"] is None and output["logits_a"] is None

@@ -160,6 +160,18 @@ def _pairs(count: int = 3) -> list[dict]:
     ]
 
 
+@torch.no_grad()
+def test_on_a_gpu(gpu, dictionary):
+    model = _localizer(dictionary).eval()
+    expected, found = model(_pairs()), model.cuda()(_pairs())
+    for one, other in zip(expected, found):
+        torch.testing.assert_close(
+            other["class_heatmaps"].cpu(), one["class_heatmaps"], rtol=1e-3, atol=1e-4
+        )
+        classes = [output["instances"].pred_classes.tolist() for output in (one, other)]
+        assert classes[0] == classes[1]
+
+
 @pytest.fixture
 def dictionary(tmp_path) -> str:
     generator = torch.Generator().manual_seed(2)

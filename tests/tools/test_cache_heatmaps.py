@@ -139,6 +139,19 @@ def _tables(prepared: str) -> list[np.ndarray]:
     return tables
 
 
+def test_on_a_gpu(gpu, world, cache):
+    _run(world, "gpu", "MODEL.DEVICE", "cuda", "DATALOADER.NUM_WORKERS", "1")
+    assert _files(world.folder / "gpu").keys() == _files(cache).keys()
+    mappers = _mapper(world, cache), _mapper(world, world.folder / "gpu")
+    for i, clip in enumerate(world.clips):
+        boxes = []
+        for mapper in mappers:
+            np.random.seed(i)
+            boxes.append(mapper(clip)["instances"].gt_boxes.tensor)
+        # The maps are kept in half precision.
+        torch.testing.assert_close(*boxes, rtol=0, atol=1.0)
+
+
 def test_a_killed_run_is_gone_on_with(world, cache):
     words = [sys.executable, str(TOOL), *_words(world, "killed")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

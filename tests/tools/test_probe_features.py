@@ -81,6 +81,14 @@ def test_a_simclr_run(tool, runs, clips, capsys):
     assert f"| {weights} | {24 - total} + {total} | 2 |" in printed and str(path) in printed
 
 
+def test_on_a_gpu(gpu, tool, runs, tmp_path):
+    found = []
+    for device in ("cpu", "cuda"):
+        words = ["--output", tmp_path / f"{device}.json", "MODEL.DEVICE", device]
+        found.append(run(tool, runs / "joint" / "config.yaml", *words)["backbones"])
+    assert found[0] == found[1]
+
+
 def test_a_localizer_run_with_its_own_labels(tool, runs, tmp_path):
     folder = runs / "joint"
     words = ["--labels", "self", "--no-against-random", "--output", tmp_path / "probes.json"]

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from avdet2.data.clip_index import parallel_map
 from avdet2.data.datasets.ground_truth import Picture
 from avdet2.data.datasets.prepare import clip_file, find_clips
+from avdet2.data.parallel import CRASHED, parallel_map
 from avdet2.data.video import MediaError, MediaFile, VideoInfo, read_frame
 
 JPEG_QUALITY = 95
@@ -78,7 +78,9 @@ def extract_frames(
         elif not os.path.isfile(os.path.join(root, picture.file_name)):
             missing[picture.name] = NO_VIDEO if picture.clip else NO_SEGMENT
     jobs = list(groups.items())
-    results = parallel_map(partial(_frames_of_clip, root=root), jobs, min(workers, len(jobs)))
+    results = parallel_map(
+        partial(_frames_of_clip, root=root), jobs, min(workers, len(jobs)), _crashed
+    )
     sounds = {}
     for (path, _), found in zip(jobs, tqdm(results, "Frames", len(jobs), unit="clip")):
         for name, seconds, problem in found:
@@ -87,6 +89,10 @@ def extract_frames(
             else:
                 sounds[name] = (path, seconds)
     return sounds, missing
+
+
+def _crashed(job: tuple[str, list[Picture]]) -> list[tuple[str, float, str | None]]:
+    return [(picture.name, math.nan, CRASHED) for picture in job[1]]
 
 
 def _frames_of_clip(
