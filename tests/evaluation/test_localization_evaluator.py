@@ -4,7 +4,6 @@ The evaluator of sound localisation: from a model's outputs to percentages and a
 """
 
 import json
-import time
 import uuid
 from pathlib import Path
 from unittest.mock import patch
@@ -461,19 +460,6 @@ def test_build_for_classes_without_names(register, tmp_path, caplog, opts):
         build_localization_evaluator(
             _cfg("TEST.LOCALIZATION.PROTOCOLS", ("solo",), *opts), data, str(tmp_path)
         )
-
-
-def test_speed_of_the_sweep(register):
-    rng = np.random.default_rng(1)
-    truth = {i: [(0, _random_box(rng)), (1, _random_box(rng))] for i in range(300)}
-    evaluator = LocalizationEvaluator(register(truth), None, ["single"], 0.5)
-    detections = {
-        i: _instances([(0, _random_box(rng), rng.random()) for _ in range(100)]) for i in truth
-    }
-    start = time.perf_counter()
-    _run(evaluator, detections)
-    # 0.3 s on one core.
-    assert time.perf_counter() - start < 10
 
 
 def test_center_box_on_the_real_file(shared_dir, tmp_path):
