@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from emulated_gpu import emulated_gpu
+from emulated_gpu import a_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,8 +51,5 @@ def gpu(monkeypatch):
     """
     A GPU for this test, emulated where there is none; see :mod:`emulated_gpu`.
     """
-    if torch.cuda.is_available():
+    with a_gpu(monkeypatch):
         yield
-    else:
-        with emulated_gpu(monkeypatch):
-            yield

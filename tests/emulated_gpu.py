@@ -4,8 +4,8 @@ A GPU for tests on machines that have none. Its tensors are tensors of the CPU t
 are elsewhere: the numbers are those of the CPU, but as on a GPU an operator fails whose tensors are
 not all in one place, and what waits for the device can be found.
 
-It knows nothing of speed, memory, streams, several GPUs, or the kernels of a real one, and autocast
-leaves its tensors alone.
+It knows nothing of speed, memory, streams, several GPUs, or the kernels of a real one, autocast
+leaves its tensors alone, and not all that waits is found.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 # Their results, or the shapes of these, have to be known before the program goes on.
 WAITING = {
     *(aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten.bincount),
-    *(aten._unique2, aten.unique_dim, aten.unique_consecutive),
+    *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.repeat_interleave),
 }
 
 
@@ -91,7 +91,8 @@ class _Functions(TorchFunctionMode):
         args, kwargs = [_numbered(x) for x in args], kwargs or {}
         kwargs = {key: _numbered(x) for key, x in kwargs.items()}
         if func is torch.Tensor.cuda:
-            return args[0].to(GPU, *args[1:], **kwargs)
+            no_wait = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+            return args[0].to(GPU, non_blocking=no_wait)
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == GPU:
             return func(*args, **{**kwargs, "device": "cpu"}).to(GPU)
         return func(*args, **kwargs)
@@ -149,8 +150,9 @@ def _check_places(func: torch._ops.OpOverload, args: tuple, tensors: list[torch.
         return
     if func.overloadpacket in INDEXING and _is_on_gpu(args[0]):
         tensors = [x for x in (args[0], *args[2:]) if isinstance(x, torch.Tensor)]
-    # Numbers may be on the CPU.
-    places = {x.device for x in tensors if x.dim() or _is_on_gpu(x)}
+    # Numbers may be on the CPU, but for those that are put together.
+    is_joining = func.overloadpacket in (aten.cat, aten.stack)
+    places = {x.device for x in tensors if is_joining or x.dim() or _is_on_gpu(x)}
     if len(places) > 1:
         shapes = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in tensors)
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, not {shapes}")
@@ -165,6 +167,8 @@ def _waits(func: torch._ops.OpOverload, args: tuple, kwargs: dict, to_gpu: bool)
     if name in INDEXING:
         indices = [x for x in args[1] if x is not None]
         return any(x.dtype in (torch.bool, torch.uint8) or not x.is_cuda for x in indices)
+    if name is aten.where:
+        return not all(map(_is_on_gpu, args))
     return name in WAITING
 
 
@@ -202,8 +206,10 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     truths = {"cuda.is_available": True, "cuda.is_bf16_supported": True}
     truths |= {"cuda.amp.common.amp_definitely_not_available": False}
     truths |= {"cuda.is_current_stream_capturing": False}
-    nothing = dict.fromkeys(("cuda._lazy_init", "cuda.synchronize", "accelerator.set_device_index"))
-    nothing |= {"accelerator.current_device_index": 0}
+    nothing = dict.fromkeys(("cuda._lazy_init", "cuda.synchronize"))
+    # Older versions of PyTorch have none.
+    if hasattr(torch, "accelerator"):
+        nothing |= {"accelerator.set_device_index": None, "accelerator.current_device_index": 0}
     for name, value in {**numbers, **texts, **truths, **nothing}.items():
         monkeypatch.setattr(f"torch.{name}", answer(value))
     monkeypatch.setattr("torch.cuda.set_sync_debug_mode", set_sync_debug_mode)
@@ -217,5 +223,23 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         lambda old, new: not (_is_on_gpu(old) or _is_on_gpu(new)) and stock(old, new),
     )
     # The backward pass would start a thread for the GPU.
-    with torch.autograd.set_multithreading_enabled(False), _Operators(), _Functions():
+    try:
+        with torch.autograd.set_multithreading_enabled(False), _Operators(), _Functions():
+            yield
+    finally:
+        _state.waiting_is_an_error = False
+
+
+@contextlib.contextmanager
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """
+    Within it, "cuda" is a GPU that is as exact as the CPU: a real one, or where there is none an
+    emulated one.
+    """
+    if torch.cuda.is_available():
+        # Convolutions would be in TF32, which has 10 bits.
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         yield
+    else:
+        with emulated_gpu(monkeypatch):
+            yield

@@ -133,7 +133,9 @@ def _completed(
     rows = content if isinstance(content, ClipList) else None
     files = rows.files if rows is not None else content
     facts, todo = _known_facts(files, known.facts, trusted)
-    workers = 1 if len(todo) < 16 else len(os.sched_getaffinity(0))
+    # To start processes takes longer than to look at a few files, if these do no harm.
+    is_quick = len(todo) < 16 and CRASHED not in known.facts.problems
+    workers = 0 if is_quick else len(os.sched_getaffinity(0))
     found = parallel_map(_look_at, (files[i] for i in todo), workers, _crashed)
     progress = tqdm(found, "Probing videos", len(todo), unit="file", disable=len(todo) < 16)
     save_at = SAVE_EVERY
@@ -167,6 +169,9 @@ def _known_facts(files: FileNames, known: FileTable, trusted: bool) -> tuple[Fil
         doubtful = keep.copy()
     for i in np.flatnonzero(doubtful):
         keep[i] = _stat(files[i]) == (known.size[places[i]], known.mtime[places[i]])
+    if CRASHED in known.problems:
+        # The system may have killed the process for want of memory.
+        keep &= (known.problem[places] != known.problems.index(CRASHED)) | (places < 0)
     todo = np.flatnonzero(~keep)
     if is_same and not len(todo):
         return known, todo

@@ -391,6 +391,12 @@ def test_a_file_that_crashes_its_decoder_is_left_out(
     assert [(os.path.basename(file), reason) for file, reason in found.skipped] == [
         ("13.mkv", CRASHED)
     ]
+    # It may have been for want of memory.
+    index = str(tmp_path.parent / "crashed.npz")
+    again = [scan_clips(str(tmp_path), index=index) for _ in range(2)]
+    assert [len(scanned.clips) for scanned in again] == [19, 19]
+    monkeypatch.setattr(clip_index, "probe", probe)
+    assert len(scan_clips(str(tmp_path), index=index).clips) == 20
 
 
 def test_real_clips(shared_dir: Path) -> None:

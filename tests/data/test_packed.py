@@ -402,8 +402,11 @@ def test_the_tool_goes_on_after_a_crash(
     (failure,) = json.loads((output / "failures.json").read_text())["clips"]
     assert os.path.basename(failure["file"]) == "2.mov" and failure["reason"] == CRASHED
     # What is not prepared is tried again.
+    for workers in (2, 1):
+        printed = run_tool(*arguments, "--workers", workers)
+        assert "4 clips were there, 0 were added" in printed and "1 could not be read" in printed
     monkeypatch.undo()
-    assert "4 clips were there, 1 were added" in run_tool(*arguments, "--workers", 1)
+    assert "4 clips were there, 1 were added" in run_tool(*arguments)
 
 
 def test_the_tool_killed_and_run_again(tmp_path: Path, clips: list[dict[str, Any]]) -> None:

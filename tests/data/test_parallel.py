@@ -21,8 +21,8 @@ def _never(item: int) -> None:
 def test_results_are_in_order() -> None:
     assert list(parallel_map(abs, range(-50, 0), 2, _never)) == list(range(50, 0, -1))
     assert list(parallel_map(abs, [], 2, _never)) == []
-    # One process: this one.
-    assert list(parallel_map(lambda x: os.getpid(), range(2), 1, _never)) == 2 * [os.getpid()]
+    # No other process: this one.
+    assert list(parallel_map(lambda x: os.getpid(), range(2), 0, _never)) == 2 * [os.getpid()]
 
 
 def test_errors_are_raised() -> None:
@@ -40,10 +40,15 @@ def _is_bad(item: int) -> bool:
     return item in (0, 20, 21, 199)
 
 
-def test_items_at_which_processes_die_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
-    found = list(parallel_map(partial(_die_at, _is_bad), range(200), 2, lambda item: -item - 1))
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_items_at_which_processes_die_are_skipped(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    die = partial(_die_at, _is_bad)
+    found = list(parallel_map(die, range(200), workers, lambda item: -item - 1))
     assert found == [-item - 1 if _is_bad(item) else item for item in range(200)]
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+    told = [message for message in caplog.messages if "one by one" not in message]
+    assert [message.split(",")[0] for message in told] == [
         f"a process died at {item}" for item in (0, 20, 21, 199)
     ]
 
@@ -62,7 +67,7 @@ def test_who_was_killed_once_is_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert list(parallel_map(partial(_die_once, tmp_path), range(30), 3, _never)) == list(range(30))
-    assert (tmp_path / "died").exists() and not caplog.records
+    assert (tmp_path / "died").exists() and ["one by one" in x for x in caplog.messages] == [True]
 
 
 def _from_30_on(item: int) -> bool:
