@@ -243,3 +243,15 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     else:
         with emulated_gpu(monkeypatch):
             yield
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """
+    Within it, what waits for the device is an error.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -8,7 +8,7 @@ import io
 
 import pytest
 import torch
-from emulated_gpu import GPUTensor, _state, emulated_gpu
+from emulated_gpu import GPUTensor, _state, emulated_gpu, no_waiting
 from torch import nn
 
 
@@ -125,15 +125,12 @@ def test_what_waits_for_the_device_is_an_error(gpu, name):
     functions = _waiting(x, y) | _going_on(x, y)
     # Kernels are loaded in the first call.
     functions[name]()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         if name in _going_on(x, y):
             functions[name]()
         else:
             with pytest.raises(RuntimeError, match="synchronizing"):
                 functions[name]()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_pinned_memory(gpu):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from emulated_gpu import no_waiting
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -125,11 +126,8 @@ def test_pinned_on_the_way_to_a_gpu(gpu):
     batch = next(iter(loader))
     device = torch.device("cuda")
     assert batch.stacked("image").is_pinned() and batch.sample_ids().is_pinned()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         images = stacked_on(batch, "image", device)
         ids = sample_ids_on(batch, device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(images.cpu(), batch.stacked("image"))
     assert ids.tolist() == [0, 7, 14, 21]

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from emulated_gpu import no_waiting
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
@@ -363,8 +364,5 @@ def test_a_training_step_never_waits_for_the_gpu(gpu):
     with EventStorage() as storage:
         model(batch)["loss_nt_xent"].backward()
         storage.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             model(batch)["loss_nt_xent"].backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
