@@ -2,6 +2,7 @@
 """
 The metadata of avdet2. Versions that were tested together stand in requirements/.
 """
+
 import re
 from pathlib import Path
 
@@ -22,6 +23,7 @@ INSTALL_REQUIRES = [
     # 17 brought the choice of threads for converting frames; 19 has no metadata_errors, and its
     # resamplers keep their threads until they are garbage-collected.
     "av>=17,<19",
+    "filelock>=3.12",
     "fvcore>=0.1.5,<0.1.6",
     # Detectron2 does not work with newer ones.
     "iopath>=0.1.7,<0.1.10",
@@ -30,13 +32,17 @@ INSTALL_REQUIRES = [
     # opencv-python does as well, but draws in the libraries of a desktop.
     "opencv-python-headless>=4.6",
     "Pillow>=9.5",
+    "pyarrow>=14",
     "pycocotools>=2.0.6",
+    "PyYAML>=5.1",
     "scikit-learn>=1.2",
     "scipy>=1.10",
+    "tabulate>=0.8",
+    "threadpoolctl>=3.1",
     "tqdm>=4.60",
 ]
-TEST = ["librosa>=0.10", "pytest>=7.4"]
-DEV = ["flake8", "isort"]
+TEST = ["librosa>=0.10", "pytest>=7.4", "pytest-timeout>=2.2", "pytest-xdist>=3.5"]
+DEV = ["ruff==0.17.6"]
 
 setup(
     name="avdet2",

@@ -253,7 +253,7 @@ def _add_test(cfg: CN) -> None:
 
     cfg.TEST.LOCALIZATION = CN()
     # Protocols of sound localisation that are evaluated beside AP: see
-    # avdet2/evaluation/localization.py. Empty: none.
+    # avdet2/evaluation/localization/protocols.py. Empty: none.
     cfg.TEST.LOCALIZATION.PROTOCOLS = ()
     # Boxes below this confidence are not part of a detector's map.
     cfg.TEST.LOCALIZATION.CONFIDENCE = 0.5

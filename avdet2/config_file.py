@@ -68,9 +68,7 @@ def _with_floats(cfg: CfgNode, opts: list[str]) -> list[Any]:
 
 
 def _as_float(value: Any, default: Any) -> Any:
-    is_integer = type(value) is int or (
-        isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value)
-    )
+    is_integer = type(value) is int or (isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value))
     return float(value) if type(default) is float and is_integer else value
 
 

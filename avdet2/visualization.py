@@ -178,10 +178,11 @@ def save_curves(path: str | Path, runs: dict[str, list[dict]]) -> None:
     """
     panels = {
         "losses": lambda key: "loss" in key,
-        "accuracy and agreement (0..1)": lambda key: key
-        == "fast_rcnn/cls_accuracy"
-        or key.endswith("/accuracy")
-        or key.startswith(("self_label/nmi", "self_label/assess_")),
+        "accuracy and agreement (0..1)": lambda key: (
+            key == "fast_rcnn/cls_accuracy"
+            or key.endswith("/accuracy")
+            or key.startswith(("self_label/nmi", "self_label/assess_"))
+        ),
     }
     figure, axes = plt.subplots(
         len(panels), len(runs), figsize=(4.2 * len(runs), 3.2 * len(panels)), squeeze=False

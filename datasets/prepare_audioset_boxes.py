@@ -35,9 +35,7 @@ def prepare(args: argparse.Namespace) -> None:
     truth = read_audioset_boxes(boxes, segments)
     media = clip_files(args.videos or os.path.join(args.output, "videos"))
     sounds, missing = extract_frames(truth.pictures, args.output, media, args.workers)
-    sets = {
-        f"audioset_instruments_{part}test": part_of(truth, segments, part) for part in PARTS
-    }
+    sets = {f"audioset_instruments_{part}test": part_of(truth, segments, part) for part in PARTS}
     sources = [boxes, args.segments]
     print(*write_ground_truths(args.output, sets, sources, missing, sounds), sep="\n")
 

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 
 from detectron2.data.datasets import load_coco_json
 
-from avdet2.modeling.frozen import load_localizer
+from avdet2.self_boxes.teacher import load_localizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "quick_schedules"

@@ -17,11 +17,11 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from avdet2.data.heatmap_writer import write_heatmaps
 from avdet2.engine import setup
 from avdet2.engine.launch import launch
-from avdet2.modeling.folding import fold_batch_norms
-from avdet2.modeling.frozen import build_localizer
+from avdet2.self_boxes.folding import fold_batch_norms
+from avdet2.self_boxes.heatmap_writer import write_heatmaps
+from avdet2.self_boxes.teacher import build_localizer
 
 
 def main(args: argparse.Namespace) -> None:

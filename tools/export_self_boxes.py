@@ -16,9 +16,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
-from avdet2.data.clips import training_clips
+from avdet2.data.clips.scan import training_clips
 from avdet2.engine import setup
-from avdet2.evaluation.export import export_self_boxes
+from avdet2.self_boxes.export import export_self_boxes
 
 
 def main(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ its operators. Rotated boxes and deformable convolution need a Detectron2 built 
     python tools/install_detectron2.py                      # into the environment of this Python
     python tools/install_detectron2.py --wheel-only dist    # only write the wheel
 """
+
 import argparse
 import ast
 import base64

@@ -19,11 +19,11 @@ from typing import Any
 import cv2
 from tqdm import tqdm
 
-from avdet2.data.clips import scan_clips
-from avdet2.data.packed import PackSettings
-from avdet2.data.packed_writer import PackedClip, PackedWriter, pack_clip
-from avdet2.data.parallel import CRASHED, parallel_map
-from avdet2.data.video import MediaError
+from avdet2.data.clips.scan import scan_clips
+from avdet2.data.media.video import MediaError
+from avdet2.data.prepared.packed import PackSettings
+from avdet2.data.prepared.packed_writer import PackedClip, PackedWriter, pack_clip
+from avdet2.utils.parallel import CRASHED, parallel_map
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -33,13 +33,13 @@ from detectron2.utils.logger import setup_logger
 
 from avdet2.checkpoint import pixel_messages
 from avdet2.data import FrameMapper, register_av_clips
-from avdet2.data.clip_table import single_labels
-from avdet2.data.clips import training_clips
+from avdet2.data.clips.clip_table import single_labels
+from avdet2.data.clips.scan import training_clips
 from avdet2.engine import load_cfg, use_own_videos
-from avdet2.evaluation.inference import ReadableLoader
+from avdet2.engine.hand_over import init_backbone
+from avdet2.evaluation.naming.votes import frozen_votes
 from avdet2.evaluation.probes import pooled_features, probe_features, probe_table, split_by_hash
-from avdet2.evaluation.votes import frozen_votes
-from avdet2.modeling.frozen import init_backbone
+from avdet2.self_boxes.inference import ReadableLoader
 
 logger = logging.getLogger("avdet2.probe_features")
 

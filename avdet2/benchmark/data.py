@@ -29,14 +29,14 @@ from avdet2.benchmark.plain_media import (
 )
 from avdet2.benchmark.timing import Comparison, Report, Timing, alternate, cpu_seconds
 from avdet2.config import add_avdet2_config
-from avdet2.data.av_mapper import AVMapper, ClipSampler, to_image_tensor
-from avdet2.data.batch import PairBatch
-from avdet2.data.clips import load_av_clips
-from avdet2.data.packed import ClipReader, PackSettings
-from avdet2.data.packed_writer import PackedWriter, pack_clip
-from avdet2.data.video import MediaError, read_audio, read_frame
-from avdet2.data.windows import random_window
+from avdet2.data.clips.scan import load_av_clips
+from avdet2.data.mappers.av_mapper import AVMapper, ClipSampler, to_image_tensor
+from avdet2.data.media.video import MediaError, read_audio, read_frame
+from avdet2.data.prepared.packed import ClipReader, PackSettings
+from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
 from avdet2.modeling.spectrogram import LogSpectrogram
+from avdet2.structures.batch import PairBatch
+from avdet2.structures.windows import random_window
 
 __all__ = ["run"]
 
@@ -191,11 +191,14 @@ def _compare_samples(
         "packed, waveform": (packed, MANY),
     }
     timings = _timed(ways, clips, rounds)
-    plain, what = "decode all frames + librosa", {
-        "original": "sample from the original, with spectrogram",
-        "packed": "sample from the prepared form, with spectrogram",
-        "packed, waveform": "sample from the prepared form, waveform out",
-    }
+    plain, what = (
+        "decode all frames + librosa",
+        {
+            "original": "sample from the original, with spectrogram",
+            "packed": "sample from the prepared form, with spectrogram",
+            "packed, waveform": "sample from the prepared form, waveform out",
+        },
+    )
     same = {"original": _equal_frames(clips, decode_all)}
     for name, text in what.items():
         pair = timings[name], timings["plain"]

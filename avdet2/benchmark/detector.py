@@ -31,13 +31,13 @@ from avdet2.benchmark.machine import usable_cores
 from avdet2.benchmark.timing import Comparison, Report, Timing, alternate
 from avdet2.benchmark.training import BatchTraining, device_name, load_sized, size_kind
 from avdet2.config_file import load_cfg
-from avdet2.data.av_mapper import limit_threads, to_image_tensor
-from avdet2.data.heatmap_writer import write_heatmaps
 from avdet2.data.loaders import build_list_loader
-from avdet2.data.packed import PackedClips
-from avdet2.data.self_box_mapper import SelfBoxMapper
-from avdet2.data.windows import random_window
-from avdet2.modeling.frozen import load_localizer
+from avdet2.data.mappers.av_mapper import limit_threads, to_image_tensor
+from avdet2.data.prepared.packed import PackedClips
+from avdet2.self_boxes.heatmap_writer import write_heatmaps
+from avdet2.self_boxes.mapper import SelfBoxMapper
+from avdet2.self_boxes.teacher import load_localizer
+from avdet2.structures.windows import random_window
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Short side of made clips, as tools/prepare_clips.py stores frames.

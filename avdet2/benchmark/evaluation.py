@@ -24,10 +24,10 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.structures import Boxes, Instances
 
 from avdet2.benchmark.timing import Comparison, Report, alternate
-from avdet2.evaluation.cluster_matching import ClusterMatching
-from avdet2.evaluation.detection import SelfSupervisedDetectionEvaluator
-from avdet2.evaluation.localization import PROTOCOLS
-from avdet2.evaluation.localization_evaluator import LocalizationEvaluator
+from avdet2.evaluation.detection.evaluator import SelfSupervisedDetectionEvaluator
+from avdet2.evaluation.localization.evaluator import LocalizationEvaluator
+from avdet2.evaluation.localization.protocols import PROTOCOLS
+from avdet2.evaluation.naming.cluster_matching import ClusterMatching
 
 __all__ = ["assert_equal_metrics", "random_case", "run"]
 

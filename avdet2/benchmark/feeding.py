@@ -18,9 +18,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from avdet2.benchmark.machine import usable_cores
 from avdet2.benchmark.matrix_rate import synchronize
 from avdet2.benchmark.timing import Timing, cpu_seconds
-from avdet2.data.clips import scan_clips
-from avdet2.data.packed import PackedClips, PackSettings, clip_key
-from avdet2.data.packed_writer import PackedWriter, pack_clip
+from avdet2.data.clips.scan import scan_clips
+from avdet2.data.prepared.packed import PackedClips, PackSettings, clip_key
+from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
 from avdet2.data.synthetic.generator import Settings, make_item
 from avdet2.data.synthetic.sounds import SAMPLE_RATE
 from avdet2.data.synthetic.writer import write_video

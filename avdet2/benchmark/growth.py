@@ -31,14 +31,14 @@ import torch.distributed as dist
 from avdet2.benchmark.machine import process_bytes
 from avdet2.benchmark.sinkhorn import Case, make_logits
 from avdet2.benchmark.timing import Report
-from avdet2.data.clip_index import Index, list_key, write_index
-from avdet2.data.clip_table import ClipTable
-from avdet2.data.clips import load_av_clips
-from avdet2.data.file_table import FileNames, FileTable
+from avdet2.data.clips.clip_index import Index, list_key, write_index
+from avdet2.data.clips.clip_table import ClipTable
+from avdet2.data.clips.file_table import FileNames, FileTable
+from avdet2.data.clips.scan import load_av_clips
 from avdet2.data.loaders import ClipOrderSampler, MappedClips
-from avdet2.data.packed import CLIP, SETTINGS_FILE, PackedClips, PackSettings, clip_key
-from avdet2.modeling.collectives import all_reduce
+from avdet2.data.prepared.packed import CLIP, SETTINGS_FILE, PackedClips, PackSettings, clip_key
 from avdet2.modeling.sinkhorn import sinkhorn_labels
+from avdet2.utils.collectives import all_reduce
 
 __all__ = ["CURVES", "plot", "run", "value_name"]
 

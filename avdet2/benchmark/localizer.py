@@ -44,8 +44,8 @@ from avdet2.benchmark.training import (
     size_kind,
     variants,
 )
-from avdet2.data.batch import PairBatch
 from avdet2.engine import AVTrainer
+from avdet2.structures.batch import PairBatch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "AV-Localization"
 # On one NVIDIA H200: pairs a second, and the share of the matrix rate in the convolutions.
@@ -142,6 +142,7 @@ class LocalizerBenchmark:
         """
         A batch at once on the device, beside one waveform at a time on the CPU.
         """
+
         def batched() -> torch.Tensor:
             return training.model.spectrogram(self.batch.stacked("waveform"))
 

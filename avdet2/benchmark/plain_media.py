@@ -17,7 +17,7 @@ import numpy as np
 
 from detectron2.config import CfgNode
 
-# Stamps are rounded, see avdet2/data/video.py.
+# Stamps are rounded, see avdet2/data/media/video.py.
 ROUNDING = 0.0005
 SOUND_RATE = 44100
 

@@ -16,13 +16,13 @@ from scipy import ndimage
 from avdet2.benchmark.detector import random_localizer
 from avdet2.benchmark.feeding import write_copies
 from avdet2.benchmark.timing import Comparison, Report, alternate
-from avdet2.data.heatmap_writer import write_heatmaps
-from avdet2.data.self_box_mapper import SelfBoxMapper
-from avdet2.modeling.folding import fold_batch_norms
-from avdet2.modeling.frozen import load_localizer
 from avdet2.modeling.losses import heatmaps
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.modeling.self_box import heatmaps_to_boxes
+from avdet2.self_boxes.folding import fold_batch_norms
+from avdet2.self_boxes.heatmap_writer import write_heatmaps
+from avdet2.self_boxes.mapper import SelfBoxMapper
+from avdet2.self_boxes.teacher import load_localizer
 
 # The least ratios of CPU times.
 SCIPY, CV2, FOLDED, CACHED = 12.0, 2.5, 1.1, 20.0
@@ -142,9 +142,7 @@ def compare_boxes(report: Report, name: str, sigma: float, rounds: int) -> None:
         )
 
 
-def _compare_localizers(
-    report: Report, paths: tuple[str, str], args: argparse.Namespace
-) -> None:
+def _compare_localizers(report: Report, paths: tuple[str, str], args: argparse.Namespace) -> None:
     eager, cfg = load_localizer(*paths)
     folded = fold_batch_norms(load_localizer(*paths)[0])
     side = cfg.INPUT.AV.CROP_SIZE

@@ -105,9 +105,7 @@ def _measure(report: Report, case: Case, rounds: int) -> None:
         SELAVI: partial(keep, SELAVI, selavi_labels, probs_v, probs_a),
     }
     if case.rows * case.clusters <= SELF_LABEL_UNTIL:
-        candidates[SELF_LABEL] = partial(
-            keep, SELF_LABEL, self_label_labels, probs_v, probs_a
-        )
+        candidates[SELF_LABEL] = partial(keep, SELF_LABEL, self_label_labels, probs_v, probs_a)
     report.comparisons += _comparisons(case, alternate(candidates, rounds))
     exact = sinkhorn_labels(scores, None, SK_LAMBDA, EXACT_TOL, 20 * PEERS_PASSES)
     values = {

@@ -18,9 +18,9 @@ from detectron2.utils.events import EventStorage
 
 from avdet2.benchmark.profiling import Stopwatch
 from avdet2.config_file import load_cfg
-from avdet2.data.batch import Batch, PairBatch, stacked_on
 from avdet2.engine import AVTrainer
 from avdet2.engine.train_step import TrainStep
+from avdet2.structures.batch import Batch, PairBatch, stacked_on
 
 # Iterations between two looks at the losses, as SOLVER.METRIC_PERIOD.
 METRIC_PERIOD = 20

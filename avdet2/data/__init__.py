@@ -13,7 +13,6 @@ From videos to batches.
 """
 
 from avdet2.data import datasets  # noqa: F401
-from avdet2.data.av_mapper import AVMapper  # noqa: F401
-from avdet2.data.clips import register_av_clips  # noqa: F401
-from avdet2.data.frame_mapper import FrameMapper  # noqa: F401
-from avdet2.data.self_box_mapper import SelfBoxMapper  # noqa: F401
+from avdet2.data.clips.scan import register_av_clips  # noqa: F401
+from avdet2.data.mappers.av_mapper import AVMapper  # noqa: F401
+from avdet2.data.mappers.frame_mapper import FrameMapper  # noqa: F401

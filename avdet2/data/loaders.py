@@ -16,7 +16,7 @@ from detectron2.data.common import ToIterableDataset
 from detectron2.data.samplers import RandomSubsetTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
-from avdet2.data.batch import PairBatch
+from avdet2.structures.batch import PairBatch
 
 
 class ClipOrderSampler(TrainingSampler):

@@ -5,8 +5,8 @@ The scores of all training clips for self-labelling, which are the only large th
 
 import torch
 
-from avdet2.modeling.collectives import all_reduce
 from avdet2.modeling.sinkhorn import align_heads
+from avdet2.utils.collectives import all_reduce
 
 # Clips that are worked on at a time where all of them would take much memory.
 CHUNK = 1024

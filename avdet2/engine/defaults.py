@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from avdet2.checkpoint import pixel_messages
 from avdet2.config_file import load_cfg
-from avdet2.data.clips import register_av_clips, training_clips
+from avdet2.data.clips.scan import register_av_clips, training_clips
 from avdet2.engine.train_step import check_precision
 
 logger = logging.getLogger(__name__)

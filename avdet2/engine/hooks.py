@@ -15,16 +15,16 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from avdet2.data.av_mapper import AVMapper
-from avdet2.data.batch import sample_ids_on
-from avdet2.data.clip_table import single_labels
-from avdet2.data.clips import training_clips
+from avdet2.data.clips.clip_table import single_labels
+from avdet2.data.clips.scan import training_clips
+from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.engine.clip_scores import ClipScores
-from avdet2.evaluation.inference import predict_clips
-from avdet2.evaluation.self_labels import cluster_quality, eq6_agreement, label_change
-from avdet2.modeling.collectives import all_reduce, broadcast_buffers, of_main_process
+from avdet2.evaluation.naming.self_labels import cluster_quality, eq6_agreement, label_change
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.modeling.sinkhorn import gaussian_weights, match_marginals, sinkhorn_labels
+from avdet2.self_boxes.inference import predict_clips
+from avdet2.structures.batch import sample_ids_on
+from avdet2.utils.collectives import all_reduce, broadcast_buffers, of_main_process
 
 logger = logging.getLogger(__name__)
 

@@ -28,19 +28,20 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from avdet2.data import AVMapper, FrameMapper, SelfBoxMapper
-from avdet2.data.clips import training_clips
+from avdet2.data import AVMapper, FrameMapper
+from avdet2.data.clips.scan import training_clips
 from avdet2.data.loaders import batch_per_process, build_list_loader, build_pair_loader
 from avdet2.engine.defaults import resolve_epochs
+from avdet2.engine.hand_over import check_hand_over, holds_localizer, init_backbone
 from avdet2.engine.hooks import SelfLabelHook
 from avdet2.engine.optimizer import build_optimizer
 from avdet2.engine.train_step import TrainStep
 from avdet2.evaluation.build import build_evaluator, results_file
-from avdet2.evaluation.inference import ReadableLoader
-from avdet2.modeling.collectives import broadcast_buffers
-from avdet2.modeling.frozen import check_hand_over, holds_localizer, init_backbone
 from avdet2.modeling.meta_arch import AVLocalizer, SimCLR
 from avdet2.modeling.sync_bn import replace_sync_bn
+from avdet2.self_boxes.inference import ReadableLoader
+from avdet2.self_boxes.mapper import SelfBoxMapper
+from avdet2.utils.collectives import broadcast_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -214,9 +215,7 @@ class AVTrainer(DefaultTrainer):
             return {}
         broadcast_buffers(model)
         if evaluators is None:
-            evaluators = [
-                build_evaluator(cfg, name, unwrap(model)) for name in cfg.DATASETS.TEST
-            ]
+            evaluators = [build_evaluator(cfg, name, unwrap(model)) for name in cfg.DATASETS.TEST]
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and cfg.DATASETS.TEST:
             path = results_file(cfg.OUTPUT_DIR)

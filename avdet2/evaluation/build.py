@@ -15,14 +15,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
-from avdet2.data.clip_table import all_labels
-from avdet2.data.clips import training_clips
+from avdet2.data.clips.clip_table import all_labels
+from avdet2.data.clips.scan import training_clips
 from avdet2.evaluation.baselines import BoxBaseline
-from avdet2.evaluation.cluster_matching import ClusterMatching
-from avdet2.evaluation.detection import SelfSupervisedDetectionEvaluator
-from avdet2.evaluation.localization_evaluator import build_localization_evaluator
-from avdet2.evaluation.plots import CURVES, LOCALIZATION, MATCHING, draw_results, read_run
-from avdet2.evaluation.votes import (
+from avdet2.evaluation.detection.evaluator import SelfSupervisedDetectionEvaluator
+from avdet2.evaluation.localization.evaluator import build_localization_evaluator
+from avdet2.evaluation.naming.cluster_matching import ClusterMatching
+from avdet2.evaluation.naming.votes import (
     ClusterVotes,
     collect_votes,
     frozen_votes,
@@ -30,6 +29,7 @@ from avdet2.evaluation.votes import (
     vote_quality,
     voting_space,
 )
+from avdet2.evaluation.plots import CURVES, LOCALIZATION, MATCHING, draw_results, read_run
 from avdet2.modeling.meta_arch import AVLocalizer
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class ClusterQuality(DatasetEvaluator):
     def __init__(self, quality: dict[str, float]) -> None:
         """
         Args:
-            quality: of :func:`avdet2.evaluation.self_labels.cluster_quality`.
+            quality: of :func:`avdet2.evaluation.naming.self_labels.cluster_quality`.
         """
         self._quality = quality
 

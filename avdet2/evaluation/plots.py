@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from avdet2.evaluation.box_matching import IOUS
-from avdet2.evaluation.detection_metrics import percent, precision_metrics
+from avdet2.evaluation.detection.box_matching import IOUS
+from avdet2.evaluation.detection.metrics import percent, precision_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from torch import nn
 
 from detectron2.utils import comm
 
-from avdet2.modeling.collectives import all_gather_with_grad, exchange_columns
+from avdet2.utils.collectives import all_gather_with_grad, exchange_columns
 
 POOLS = ("max", "avg", "attention")
 

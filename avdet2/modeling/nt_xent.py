@@ -9,7 +9,7 @@ from torch import nn
 
 from detectron2.utils import comm
 
-from avdet2.modeling.collectives import all_gather_with_grad
+from avdet2.utils.collectives import all_gather_with_grad
 
 
 class NTXentLoss(nn.Module):

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from avdet2.modeling.collectives import all_reduce
+from avdet2.utils.collectives import all_reduce
 
 logger = logging.getLogger(__name__)
 

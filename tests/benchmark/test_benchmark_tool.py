@@ -165,8 +165,9 @@ def test_limit_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     try:
         limit_threads(2)
-        assert describe_machine()["threads"] | {"torch": 2, "OMP_NUM_THREADS": "2"} == (
-            describe_machine()["threads"]
+        assert (
+            describe_machine()["threads"] | {"torch": 2, "OMP_NUM_THREADS": "2"}
+            == (describe_machine()["threads"])
         )
         with pytest.raises(ValueError, match="threads"):
             limit_threads(0)

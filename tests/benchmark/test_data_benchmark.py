@@ -3,7 +3,6 @@
 The benchmark of the data path: its baselines read what they should, and its report is whole.
 """
 
-import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,14 @@ import librosa
 import numpy as np
 import pytest
 import torch
+from media_files import decode_all, delay_of_sound, write_video  # noqa: E402
 
 from detectron2.config import get_cfg
 
 from avdet2.benchmark import data, plain_media
 from avdet2.config import add_avdet2_config
-from avdet2.data.video import probe, read_audio, read_frame
+from avdet2.data.media.video import probe, read_audio, read_frame
 from avdet2.modeling.spectrogram import LogSpectrogram
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-from media_files import decode_all, delay_of_sound, write_video  # noqa: E402
 
 
 @pytest.fixture

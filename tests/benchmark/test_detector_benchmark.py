@@ -13,7 +13,7 @@ from quick_arguments import arguments
 from avdet2.benchmark import detector
 from avdet2.benchmark.detector import CACHED, ON_THE_FLY, STORED, StoredBoxMapper
 from avdet2.benchmark.feeding import write_copies
-from avdet2.data.self_box_mapper import SelfBoxMapper
+from avdet2.self_boxes.mapper import SelfBoxMapper
 
 WARMUP = str(detector.CONFIGS / "Unsupervised-Detection" / "warmup_R50_FPN.yaml")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.benchmark import evaluation
 from avdet2.benchmark.evaluation import assert_equal_metrics, random_case, registered
-from avdet2.evaluation.localization import PROTOCOLS
+from avdet2.evaluation.localization.protocols import PROTOCOLS
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ from avdet2.benchmark.training import (
     plain_spectrogram,
     variants,
 )
-from avdet2.data.packed import PackedClips
+from avdet2.data.prepared.packed import PackedClips
 from avdet2.modeling.spectrogram import LogSpectrogram
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -63,9 +63,7 @@ class TestConvolutionFlops:
     def test_of_the_paper_s_localizer(self):
         from avdet2.engine import AVTrainer
 
-        cfg = load_cfg(
-            str(CONFIGS / "AV-Localization" / "joint_K39.yaml"), ["MODEL.DEVICE", "cpu"]
-        )
+        cfg = load_cfg(str(CONFIGS / "AV-Localization" / "joint_K39.yaml"), ["MODEL.DEVICE", "cpu"])
         model = AVTrainer.build_model(cfg)
         model.labels = torch.zeros(2, dtype=torch.long)
         pairs = [

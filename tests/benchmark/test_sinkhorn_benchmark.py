@@ -71,9 +71,7 @@ def test_logits_are_always_alike(stage):
 
 @pytest.mark.parametrize("clusters", [39, 300])
 def test_logits_are_what_they_are_said_to_be(clusters):
-    first, trained = (
-        sum(make_logits(Case(stage, 3000, clusters))) for stage in sinkhorn.AT_LEAST
-    )
+    first, trained = (sum(make_logits(Case(stage, 3000, clusters))) for stage in sinkhorn.AT_LEAST)
     assert median_margin(first) < 0.5
     assert 5 < median_margin(trained) < 10
     sizes = torch.bincount(trained.argmax(dim=1), minlength=clusters).sort().values

@@ -13,7 +13,6 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, TrainingSample
 from detectron2.utils import comm
 
 from avdet2.config import add_avdet2_config
-from avdet2.data.batch import PairBatch
 from avdet2.data.loaders import (
     ClipOrderSampler,
     MappedClips,
@@ -22,6 +21,7 @@ from avdet2.data.loaders import (
     build_pair_loader,
     build_sampler,
 )
+from avdet2.structures.batch import PairBatch
 
 
 def _cfg(*opts) -> CfgNode:

@@ -26,7 +26,7 @@ from detectron2.utils import comm
 from avdet2.engine import environment, launch
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = str(Path(__file__).with_name("launch_job.py"))
+SCRIPT = str(ROOT / "tests" / "helpers" / "launch_job.py")
 CPU = ["MODEL.DEVICE", "cpu", "DISTRIBUTED.TIMEOUT"]
 
 

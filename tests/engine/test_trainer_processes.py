@@ -15,9 +15,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 
-from avdet2.data.batch import PairBatch
 from avdet2.engine import AVTrainer, SelfLabelHook, load_cfg
 from avdet2.engine.trainer import unwrap
+from avdet2.structures.batch import PairBatch
 
 CLIPS, BATCH, STEPS, NAME = 18, 6, 3, "trainer_processes_clips"
 # A seed with which one process's second batch is not finite.

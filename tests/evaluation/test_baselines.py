@@ -24,7 +24,7 @@ from detectron2.utils.events import EventStorage
 from avdet2.config import add_avdet2_config
 from avdet2.engine import load_cfg
 from avdet2.evaluation.baselines import BoxBaseline, CenterBox, FullFrame, SelectiveSearch
-from avdet2.evaluation.detection import SelfSupervisedDetectionEvaluator
+from avdet2.evaluation.detection.evaluator import SelfSupervisedDetectionEvaluator
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 needs_contrib = pytest.mark.skipif(

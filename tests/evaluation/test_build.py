@@ -17,16 +17,17 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from avdet2.data import packed
-from avdet2.data.clips import training_clips
+from avdet2.data.clips.scan import training_clips
 from avdet2.data.datasets.synthetic import register_synthetic
-from avdet2.data.packed import PackSettings
-from avdet2.data.packed_writer import PackedWriter, pack_clip
+from avdet2.data.prepared import packed
+from avdet2.data.prepared.packed import PackSettings
+from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
 from avdet2.engine import load_cfg, use_own_videos
-from avdet2.evaluation import build, votes
+from avdet2.evaluation import build
 from avdet2.evaluation.build import build_evaluator
-from avdet2.evaluation.cluster_matching import ClusterMatching
-from avdet2.evaluation.votes import ClusterVotes, collect_votes
+from avdet2.evaluation.naming import votes
+from avdet2.evaluation.naming.cluster_matching import ClusterMatching
+from avdet2.evaluation.naming.votes import ClusterVotes, collect_votes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules"
 # As a clip list counts them, and as the test set does.
@@ -148,9 +149,7 @@ def test_trained_labels_stand_for_test_classes(cfg, tmp_path, space, method, map
 
 @pytest.mark.parametrize("labels", ["self", "video"])
 @pytest.mark.parametrize("own", [True, False])
-def test_a_test_set_says_which_labels_its_classes_cover(
-    cfg, perfect_votes, tmp_path, labels, own
-):
+def test_a_test_set_says_which_labels_its_classes_cover(cfg, perfect_votes, tmp_path, labels, own):
     # Owl is a name of both; without a word, nothing says that heifers are cows, or what bees are.
     MetadataCatalog.remove("build_clips")
     MetadataCatalog.get("build_clips").label_classes = ["wasp", "heifer", "owl"]

@@ -23,12 +23,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from avdet2.data.video import MediaError
+from avdet2.data.media.video import MediaError
 from avdet2.engine import hooks, load_cfg
-from avdet2.evaluation import votes
 from avdet2.evaluation.build import build_evaluator
-from avdet2.evaluation.localization_evaluator import LocalizationEvaluator
-from avdet2.evaluation.votes import collect_votes
+from avdet2.evaluation.localization.evaluator import LocalizationEvaluator
+from avdet2.evaluation.naming import votes
+from avdet2.evaluation.naming.votes import collect_votes
 from avdet2.modeling.meta_arch.av_localizer import PairFeatures
 
 # Two processes have 6 and 5 clips, three have 4, 4 and 3, of which the last cannot read any.

@@ -12,10 +12,10 @@ from small_localizer import pair_samples, small_cfg, small_model, train_step
 
 from detectron2.utils.events import EventStorage
 
-from avdet2.data.batch import PairBatch
 from avdet2.engine import AVTrainer
 from avdet2.engine.optimizer import build_optimizer
 from avdet2.engine.train_step import TrainStep
+from avdet2.structures.batch import PairBatch
 
 
 def test_a_pair_batch_is_a_list():

@@ -16,9 +16,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from avdet2.config import add_avdet2_config
-from avdet2.data.batch import PairBatch
 from avdet2.engine.lars import LARS
 from avdet2.modeling.meta_arch.simclr import ProjectionHead, SimCLR
+from avdet2.structures.batch import PairBatch
 
 SIZE, FRAMES = 32, 8
 

@@ -23,10 +23,10 @@ from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
 from avdet2.config_file import load_cfg
-from avdet2.data.clips import load_av_clips
-from avdet2.data.packed import PackedClips, PackSettings
-from avdet2.data.packed_writer import PackedWriter, pack_clip
-from avdet2.data.self_box_mapper import SelfBoxMapper
+from avdet2.data.clips.scan import load_av_clips
+from avdet2.data.prepared.packed import PackedClips, PackSettings
+from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
+from avdet2.self_boxes.mapper import SelfBoxMapper
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "cache_heatmaps.py"

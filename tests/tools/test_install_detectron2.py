@@ -2,6 +2,7 @@
 """
 The installer of Detectron2, on a small made-up source distribution: no network.
 """
+
 import base64
 import hashlib
 import importlib.util
@@ -168,9 +169,7 @@ def test_wrong_hash_is_one_clear_line(installer, sdist, tmp_path, capsys):
 
 
 def test_file_with_the_right_hash_is_taken_from_the_cache(installer, sdist, monkeypatch):
-    monkeypatch.setattr(
-        installer, "SDIST_SHA256", hashlib.sha256(sdist.read_bytes()).hexdigest()
-    )
+    monkeypatch.setattr(installer, "SDIST_SHA256", hashlib.sha256(sdist.read_bytes()).hexdigest())
     monkeypatch.setattr(installer, "run_python", None)
     assert installer.fetch_sdist(sdist.parent, None) == sdist
 

@@ -172,10 +172,13 @@ def test_stages_on_two_machines_meet_at_ports_of_their_own(tool, tmp_path):
 
 
 # The tool on process 1 of 2, without its stages.
-OTHER = SLEEPER[: SLEEPER.index("code =")] + """
+OTHER = (
+    SLEEPER[: SLEEPER.index("code =")]
+    + """
 tool.run_stages = lambda *args: print(args[-1]["RANK"])
 tool.main(tool.default_argument_parser().parse_args(sys.argv[2:]))
 """
+)
 
 
 def test_only_the_first_process_writes_the_table(tmp_path):

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from avdet2.data.datasets.ground_truth import Picture
 from avdet2.data.datasets.prepare import clip_file, find_clips
-from avdet2.data.parallel import CRASHED, parallel_map
-from avdet2.data.video import MediaError, MediaFile, VideoInfo, read_frame
+from avdet2.data.media.video import MediaError, MediaFile, VideoInfo, read_frame
+from avdet2.utils.parallel import CRASHED, parallel_map
 
 JPEG_QUALITY = 95
 SOUND_EXTENSIONS = (".wav", ".mp3", ".flac", ".m4a", ".ogg")

@@ -214,9 +214,7 @@ def coco_records(
             bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
             # Boxes were drawn on whole pixels of some frame: rounding brings them back to these.
             bbox = [round(value, 6) for value in bbox]
-            annotations.append(
-                {"image_id": i, "category_id": category + 1, "bbox": bbox, **extra}
-            )
+            annotations.append({"image_id": i, "category_id": category + 1, "bbox": bbox, **extra})
     return images, annotations, left_out
 
 

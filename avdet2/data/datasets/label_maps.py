@@ -66,9 +66,7 @@ def general_labels(in_table_7: bool = False) -> dict[str, str]:
     """
     rows = label_maps()["table_A1_general"]
     return {
-        row["vggsound"]: row["openimages"]
-        for row in rows
-        if row["in_table_7"] or not in_table_7
+        row["vggsound"]: row["openimages"] for row in rows if row["in_table_7"] or not in_table_7
     }
 
 

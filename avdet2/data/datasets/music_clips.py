@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from avdet2.data.clips import clips_from_folder
+from avdet2.data.clips.scan import clips_from_folder
 from avdet2.data.datasets.ground_truth import read_json
 from avdet2.data.datasets.segments import (
     ClipListSpec,

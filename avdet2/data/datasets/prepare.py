@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from avdet2.data.clips import VIDEO_EXTENSIONS
+from avdet2.data.clips.scan import VIDEO_EXTENSIONS
 
 # A YouTube id is 11 characters, of which any may be "-" or "_": the rest is what tells the start.
 _CLIP_NAME = re.compile(r"([\w-]{11})_(?:(\d{6})|(\d+)_\d+)", re.ASCII)
@@ -188,7 +188,7 @@ def clip_file(files: Mapping[tuple[str, int], str], video: str, milliseconds: in
 
 def write_clip_list(path: str, rows: Iterable[Sequence[Any]]) -> str:
     """
-    Write a clip list, as :func:`avdet2.data.clips.read_clip_list` reads it.
+    Write a clip list, as :func:`avdet2.data.clips.scan.read_clip_list` reads it.
 
     Args:
         path: of the csv file.

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.data.clip_table import ClipTable
-from avdet2.data.clips import read_once, scan_clips
+from avdet2.data.clips.clip_table import ClipTable
+from avdet2.data.clips.scan import read_once, scan_clips
 from avdet2.data.datasets.prepare import (
     ClipFiles,
     clip_file,
@@ -264,7 +264,7 @@ def manifest_lines(manifest: Mapping[str, Any]) -> list[str]:
     What was prepared, a line for each list: clips, classes, hash; for people.
     """
     lines = []
-    for name, entry in manifest["lists"].items():
+    for entry in manifest["lists"].values():
         empty = [label for label, number in entry["classes"].items() if not number["found"]]
         lines.append(
             f"{entry['file']}: {entry['clips']} clips, {entry['found']} of {entry['annotated']} "
@@ -278,7 +278,7 @@ def manifest_lines(manifest: Mapping[str, Any]) -> list[str]:
 
 def load_segments(root: str, name: str, command: str, dataset: str) -> ClipTable:
     """
-    Load a clip list that was prepared; see :func:`avdet2.data.clips.scan_clips`.
+    Load a clip list that was prepared; see :func:`avdet2.data.clips.scan.scan_clips`.
 
     Args:
         root: folder of the prepared data set.

@@ -5,7 +5,6 @@ One item of the benchmark, a clip or a test image with its clip, from (settings,
 
 import hashlib
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
 
 import numpy as np
 
@@ -89,7 +88,7 @@ class Item:
 
     frames: np.ndarray
     waveform: np.ndarray
-    truth: Dict
+    truth: dict
     scene: Scene
 
 
@@ -98,7 +97,7 @@ def _pick(count: int, rng: np.random.Generator, other_than: int = -1) -> int:
     return int(rng.choice(choices))
 
 
-def plan_training_clip(settings: Settings, rng: np.random.Generator) -> Tuple[List, List, List]:
+def plan_training_clip(settings: Settings, rng: np.random.Generator) -> tuple[list, list, list]:
     """
     Choose what a training clip shows and plays.
 
@@ -120,7 +119,7 @@ def plan_training_clip(settings: Settings, rng: np.random.Generator) -> Tuple[Li
     return [heard], [True], [heard]
 
 
-def plan_test_image(settings: Settings, rng: np.random.Generator) -> Tuple[List, List, List]:
+def plan_test_image(settings: Settings, rng: np.random.Generator) -> tuple[list, list, list]:
     """
     Choose what a validation or test image shows, and which object sounds in its clip.
 
@@ -136,23 +135,25 @@ def plan_test_image(settings: Settings, rng: np.random.Generator) -> Tuple[List,
     return shown, [True] + [False] * (count - 1), [first]
 
 
-def _object_truth(settings: Settings, scene: Scene, sounding: List[bool]) -> List[Dict]:
+def _object_truth(settings: Settings, scene: Scene, sounding: list[bool]) -> list[dict]:
     objects = []
     for index, layer in enumerate(scene.layers):
         if layer.instance < 0:
             continue
         boxes = [visible_box(scene.layers, index, frame) for frame in range(settings.num_frames)]
         box, area, visible = boxes[settings.key_frame]
-        objects.append({
-            "instance": layer.instance,
-            "category": layer.sprite.category,
-            "sounding": int(sounding[layer.instance]),
-            "box": box,
-            "area": area,
-            "visible": round(visible, 4),
-            "least_visible": round(min(entry[2] for entry in boxes), 4),
-            "track": [entry[0] for entry in boxes],
-        })
+        objects.append(
+            {
+                "instance": layer.instance,
+                "category": layer.sprite.category,
+                "sounding": int(sounding[layer.instance]),
+                "box": box,
+                "area": area,
+                "visible": round(visible, 4),
+                "least_visible": round(min(entry[2] for entry in boxes), 4),
+                "track": [entry[0] for entry in boxes],
+            }
+        )
     return sorted(objects, key=lambda entry: entry["instance"])
 
 
@@ -182,8 +183,10 @@ def make_item(settings: Settings, split: str, index: int) -> Item:
 
     names = class_names(settings.classes)
     sounds = [{"category": category, "pitch": draw_pitch(sound_rng)} for category in heard]
-    parts = [synthesize(names[sound["category"]], sound["pitch"], settings.seconds, sound_rng)
-             for sound in sounds]
+    parts = [
+        synthesize(names[sound["category"]], sound["pitch"], settings.seconds, sound_rng)
+        for sound in sounds
+    ]
     waveform = mix(parts, settings.seconds, sound_rng)
     truth = {
         "split": split,

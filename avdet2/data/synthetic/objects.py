@@ -6,7 +6,7 @@ A shape function draws into two masks: `body` is the silhouette (it may have hol
 what takes the second colour. The numbers drawn from `rng` vary a shape within its class.
 """
 
-from typing import Callable, Dict, Sequence, Tuple
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -50,8 +50,8 @@ class Pen:
 
     def ellipse(
         self,
-        center: Tuple[float, float],
-        radii: Tuple[float, float],
+        center: tuple[float, float],
+        radii: tuple[float, float],
         mask: str = "body",
         value: int = 255,
         angle: float = 0.0,
@@ -128,8 +128,9 @@ def _guitar(pen: Pen, rng: np.random.Generator) -> None:
     pen.ellipse((0, 0.55), (width, 0.45))
     pen.ellipse((0, 0.08), (upper, 0.32))
     pen.box(-neck, -0.75, neck, 0.2)
-    pen.polygon(np.array([[-neck * 1.9, -1.0], [neck * 1.9, -1.0], [neck * 1.3, -0.7],
-                          [-neck * 1.3, -0.7]]))
+    pen.polygon(
+        np.array([[-neck * 1.9, -1.0], [neck * 1.9, -1.0], [neck * 1.3, -0.7], [-neck * 1.3, -0.7]])
+    )
     pen.box(-neck * 0.75, -0.72, neck * 0.75, 0.1, "detail")
     pen.ellipse((0, 0.2), (0.17, 0.17), "detail")
     pen.box(-width * 0.5, 0.62, width * 0.5, 0.72, "detail")
@@ -230,9 +231,22 @@ def _clock(pen: Pen, rng: np.random.Generator) -> None:
 def _bottle(pen: Pen, rng: np.random.Generator) -> None:
     half = rng.uniform(0.3, 0.4)
     shoulder = rng.uniform(-0.3, -0.1)
-    pen.polygon(np.array([[-half, shoulder + 0.15], [-0.13, shoulder - 0.2], [-0.12, -0.95],
-                          [0.12, -0.95], [0.13, shoulder - 0.2], [half, shoulder + 0.15],
-                          [half, 0.92], [half - 0.08, 1.0], [0.08 - half, 1.0], [-half, 0.92]]))
+    pen.polygon(
+        np.array(
+            [
+                [-half, shoulder + 0.15],
+                [-0.13, shoulder - 0.2],
+                [-0.12, -0.95],
+                [0.12, -0.95],
+                [0.13, shoulder - 0.2],
+                [half, shoulder + 0.15],
+                [half, 0.92],
+                [half - 0.08, 1.0],
+                [0.08 - half, 1.0],
+                [-half, 0.92],
+            ]
+        )
+    )
     pen.box(-0.17, -1.0, 0.17, -0.82)
     pen.box(-0.17, -1.0, 0.17, -0.82, "detail")
     pen.box(-half, 0.2, half, 0.75, "detail")
@@ -255,7 +269,7 @@ def _fan(pen: Pen, rng: np.random.Generator) -> None:
 
 
 # A data set of K classes takes the first K names.
-SHAPES: Dict[str, Callable[[Pen, np.random.Generator], None]] = {
+SHAPES: dict[str, Callable[[Pen, np.random.Generator], None]] = {
     "ring": _ring,
     "star": _star,
     "cross": _cross,
@@ -272,7 +286,7 @@ SHAPES: Dict[str, Callable[[Pen, np.random.Generator], None]] = {
 CLASS_NAMES = tuple(SHAPES)
 
 
-def class_names(num_classes: int) -> Tuple[str, ...]:
+def class_names(num_classes: int) -> tuple[str, ...]:
     """
     Names of the first `num_classes` classes.
 

@@ -3,8 +3,8 @@
 Scenes: a background, distractors and objects that move slowly, and the exact boxes of the objects.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -29,10 +29,10 @@ class Difficulty:
             sound whose object is not in sight.
     """
 
-    sizes: Tuple[float, float]
-    distractors: Tuple[int, int]
+    sizes: tuple[float, float]
+    distractors: tuple[int, int]
     hue_cue: bool
-    odd_clips: Tuple[float, float, float] = (0.0, 0.0, 0.0)
+    odd_clips: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 DIFFICULTIES = {
@@ -67,7 +67,7 @@ class Scene:
     """
 
     background: np.ndarray
-    layers: List[Layer]
+    layers: list[Layer]
     blur: float = 0.0
     noise: float = 0.0
 
@@ -102,8 +102,10 @@ def draw_background(side: int, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         field += rng.uniform(0.15, 0.5) * _wave(side, rng, rng.uniform(3, 14))
     field = (field - field.min()) / (field.max() - field.min())
-    knots = [hsv_color(rng.uniform(0, 360), rng.uniform(0.05, 0.55), value)
-             for value in rng.uniform(0.2, 0.95, 3)]
+    knots = [
+        hsv_color(rng.uniform(0, 360), rng.uniform(0.05, 0.55), value)
+        for value in rng.uniform(0.2, 0.95, 3)
+    ]
     # Three colours along the field, the middle one at a random place.
     middle = rng.uniform(0.3, 0.7)
     channels = [np.interp(field, (0, middle, 1), [knot[i] for knot in knots]) for i in range(3)]
@@ -127,7 +129,7 @@ def _draw_track(
     return np.round(np.clip(path, 0, room)).astype(np.int64)
 
 
-def _shared_window(a: Layer, b: Layer, frame: int) -> Optional[Tuple[slice, slice, slice, slice]]:
+def _shared_window(a: Layer, b: Layer, frame: int) -> tuple[slice, slice, slice, slice] | None:
     # Where two sprites lie over each other: rows and columns in a, then in b.
     (ax, ay), (bx, by) = a.track[frame], b.track[frame]
     x0, y0 = max(ax, bx), max(ay, by)
@@ -135,8 +137,12 @@ def _shared_window(a: Layer, b: Layer, frame: int) -> Optional[Tuple[slice, slic
     y1 = min(ay + a.sprite.size[0], by + b.sprite.size[0])
     if x0 >= x1 or y0 >= y1:
         return None
-    return (slice(y0 - ay, y1 - ay), slice(x0 - ax, x1 - ax),
-            slice(y0 - by, y1 - by), slice(x0 - bx, x1 - bx))
+    return (
+        slice(y0 - ay, y1 - ay),
+        slice(x0 - ax, x1 - ax),
+        slice(y0 - by, y1 - by),
+        slice(x0 - bx, x1 - bx),
+    )
 
 
 def visible_mask(layers: Sequence[Layer], index: int, frame: int) -> np.ndarray:
@@ -156,7 +162,7 @@ def visible_mask(layers: Sequence[Layer], index: int, frame: int) -> np.ndarray:
     return share >= 0.5
 
 
-def visible_box(layers: Sequence[Layer], index: int, frame: int) -> Tuple[List[int], int, float]:
+def visible_box(layers: Sequence[Layer], index: int, frame: int) -> tuple[list[int], int, float]:
     """
     Tight box of the visible mask of a layer.
 
@@ -180,9 +186,12 @@ def least_visible(layers: Sequence[Layer]) -> float:
     The smallest visible share of any object in any frame.
     """
     return min(
-        (visible_box(layers, i, frame)[2]
-         for i, layer in enumerate(layers) if layer.instance >= 0
-         for frame in range(len(layer.track))),
+        (
+            visible_box(layers, i, frame)[2]
+            for i, layer in enumerate(layers)
+            if layer.instance >= 0
+            for frame in range(len(layer.track))
+        ),
         default=1.0,
     )
 
@@ -200,8 +209,8 @@ def _crowded(layers: Sequence[Layer], new: Layer) -> bool:
 
 
 def _try_place(
-    sprite: Sprite, side: int, frames: int, layers: List[Layer], rng: np.random.Generator
-) -> Optional[Layer]:
+    sprite: Sprite, side: int, frames: int, layers: list[Layer], rng: np.random.Generator
+) -> Layer | None:
     # A way through the clip on which neither this object nor those before it are hidden.
     for _ in range(_TRIES):
         track = _draw_track(sprite, side, frames, rng.uniform(0, 0.15), rng)
@@ -213,12 +222,12 @@ def _try_place(
 
 def _place_objects(
     categories: Sequence[int], side: int, frames: int, level: Difficulty, rng: np.random.Generator
-) -> List[Layer]:
+) -> list[Layer]:
     smallest, largest = level.sizes
     if len(categories) > 1:
         # Several objects of the largest size do not fit into one frame.
         largest = min(largest, 0.5)
-    layers: List[Layer] = []
+    layers: list[Layer] = []
     while len(layers) < len(categories):
         category = categories[len(layers)]
         drawing = draw_object(category, _SUPERSAMPLING * side, rng, level.hue_cue)
@@ -265,7 +274,7 @@ def draw_scene(
     return Scene(background, layers, blur * side / 128, rng.uniform(1, 6))
 
 
-def render(scene: Scene, frame: int, rng: Optional[np.random.Generator] = None) -> np.ndarray:
+def render(scene: Scene, frame: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """
     Compose one frame.
 

@@ -4,8 +4,8 @@ One family of sounds per class. Every family plays the same notes: a pitch drawn
 octaves, so that only the timbre and the rhythm tell the class.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Dict, Sequence, Tuple
 
 import numpy as np
 
@@ -112,8 +112,10 @@ def _organ(pitch: float, seconds: float, rng: np.random.Generator) -> np.ndarray
     third = 2.0 ** (rng.choice([3, 4]) / 12)
     drawbars = np.array([1, 2, 3, 4, 6, 8])
     strengths = rng.uniform(0.4, 1, 6) / np.sqrt(drawbars)
-    chord = [_partials(_time(seconds), pitch * root * drawbars, strengths, np.full(6, 1e3), rng)
-             for root in (1.0, third, 2.0 ** (7 / 12))]
+    chord = [
+        _partials(_time(seconds), pitch * root * drawbars, strengths, np.full(6, 1e3), rng)
+        for root in (1.0, third, 2.0 ** (7 / 12))
+    ]
     return _fade(sum(chord), 0.02, 0.05)
 
 
@@ -186,11 +188,11 @@ class SoundFamily:
     """
 
     note: Callable[[float, float, np.random.Generator], np.ndarray]
-    length: Tuple[float, float]
-    gap: Tuple[float, float]
+    length: tuple[float, float]
+    gap: tuple[float, float]
 
 
-FAMILIES: Dict[str, SoundFamily] = {
+FAMILIES: dict[str, SoundFamily] = {
     "ring": SoundFamily(_jingles, (0.5, 0.9), (0.6, 1.0)),
     "star": SoundFamily(_bell, (0.9, 1.4), (0.5, 0.9)),
     "cross": SoundFamily(_gated_square, (0.5, 0.9), (0.6, 0.9)),

@@ -4,7 +4,6 @@ Shapes with colour, texture and shading: sprites that a scene moves over its bac
 """
 
 from dataclasses import dataclass
-from typing import Optional, Tuple
 
 import cv2
 import numpy as np
@@ -31,7 +30,7 @@ class Sprite:
     category: int = -1
 
     @property
-    def size(self) -> Tuple[int, int]:
+    def size(self) -> tuple[int, int]:
         """
         Height and width in pixels.
         """
@@ -53,7 +52,7 @@ def class_hue(category: int) -> float:
     return (category * 137.508) % 360
 
 
-def _colors(rng: np.random.Generator, hue: Optional[float]) -> Tuple[np.ndarray, np.ndarray]:
+def _colors(rng: np.random.Generator, hue: float | None) -> tuple[np.ndarray, np.ndarray]:
     # The two colours differ in brightness, so that the details of a shape can be seen.
     if hue is None or rng.random() >= _HUE_CUE_SHARE:
         hue = rng.uniform(0, 360)
@@ -99,7 +98,7 @@ def _shading(rng: np.random.Generator, body: np.ndarray) -> np.ndarray:
     return 1 - strength * np.clip(relief, -1, 1) - np.float32(rng.uniform(0, 0.25)) * ramp
 
 
-def paint(pen: Pen, rng: np.random.Generator, hue: Optional[float]) -> np.ndarray:
+def paint(pen: Pen, rng: np.random.Generator, hue: float | None) -> np.ndarray:
     """
     Colour what a pen drew.
 

@@ -4,7 +4,7 @@ Other looks at the same test images, for the analogues of the paper's tables.
 """
 
 from collections import Counter
-from typing import Any, Dict
+from typing import Any
 
 # What a coarser test set calls the classes, as Table A.2 merges 39 labels into 15 classes.
 CLASS_GROUPS = {
@@ -23,7 +23,7 @@ CLASS_GROUPS = {
 }
 
 
-def single_objects(truth: Dict[str, Any]) -> Dict[str, Any]:
+def single_objects(truth: dict[str, Any]) -> dict[str, Any]:
     """
     Images with one object, which sounds: the analogue of DSOL's solo frames.
 
@@ -34,7 +34,7 @@ def single_objects(truth: Dict[str, Any]) -> Dict[str, Any]:
     return _of_images(truth, {image for image, n in number.items() if n == 1})
 
 
-def several_objects(truth: Dict[str, Any]) -> Dict[str, Any]:
+def several_objects(truth: dict[str, Any]) -> dict[str, Any]:
     """
     Images with several objects, all of which are to be found, whether they sound or not: nearest to
     DSOL's frames with several instruments, as in each image one object sounds.
@@ -48,7 +48,7 @@ def several_objects(truth: Dict[str, Any]) -> Dict[str, Any]:
     return {**chosen, "annotations": entries}
 
 
-def grouped_classes(truth: Dict[str, Any]) -> Dict[str, Any]:
+def grouped_classes(truth: dict[str, Any]) -> dict[str, Any]:
     """
     All images, with the classes of :data:`CLASS_GROUPS`.
     """
@@ -65,7 +65,7 @@ def grouped_classes(truth: Dict[str, Any]) -> Dict[str, Any]:
     return {**truth, "images": images, "categories": categories, "annotations": entries}
 
 
-def _of_images(truth: Dict[str, Any], chosen: set) -> Dict[str, Any]:
+def _of_images(truth: dict[str, Any], chosen: set) -> dict[str, Any]:
     images = [image for image in truth["images"] if image["id"] in chosen]
     entries = [entry for entry in truth["annotations"] if entry["image_id"] in chosen]
     return {**truth, "images": images, "annotations": entries}

@@ -1,7 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
 Writes a synthetic data set: mp4 and jpg files, clip list, COCO annotations. Reading of media is in
-`avdet2/data/video.py`; this is the only place that encodes.
+`avdet2/data/media/video.py`; this is the only place that encodes.
 """
 
 import csv
@@ -11,7 +11,6 @@ import os
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import Dict, List
 
 import av
 import cv2
@@ -173,7 +172,7 @@ def _write_image(path: Path, item: Item, settings: Settings) -> None:
     _replace(path, encoded.tobytes())
 
 
-def _coco_annotation(entry: Dict, image_id: int, annotation_id: int) -> Dict:
+def _coco_annotation(entry: dict, image_id: int, annotation_id: int) -> dict:
     keys = ("sounding", "instance", "visible", "least_visible", "track")
     return {
         "id": annotation_id,
@@ -186,19 +185,28 @@ def _coco_annotation(entry: Dict, image_id: int, annotation_id: int) -> Dict:
     }
 
 
-def _coco(records: List[Dict], settings: Settings) -> Dict:
+def _coco(records: list[dict], settings: Settings) -> dict:
     # Ids count from 1: pycocotools takes an annotation id of 0 for "not matched".
     names = class_names(settings.classes)
     images, annotations = [], []
     for image_id, record in enumerate(records, start=1):
         clip = f"{record['index']:06d}.mp4"
         name = clip if record["split"] == "train" else clip.replace(".mp4", ".jpg")
-        sounds = [{"category_id": sound["category"] + 1, "pitch": sound["pitch"]}
-                  for sound in record["sounds"]]
-        images.append({
-            "id": image_id, "file_name": name, "width": settings.size, "height": settings.size,
-            "audio_file": clip, "time": record["time"], "sounds": sounds,
-        })
+        sounds = [
+            {"category_id": sound["category"] + 1, "pitch": sound["pitch"]}
+            for sound in record["sounds"]
+        ]
+        images.append(
+            {
+                "id": image_id,
+                "file_name": name,
+                "width": settings.size,
+                "height": settings.size,
+                "audio_file": clip,
+                "time": record["time"],
+                "sounds": sounds,
+            }
+        )
         for entry in record["objects"]:
             annotations.append(_coco_annotation(entry, image_id, len(annotations) + 1))
     return {
@@ -209,7 +217,7 @@ def _coco(records: List[Dict], settings: Settings) -> Dict:
     }
 
 
-def _write_clip_list(path: Path, records: List[Dict], settings: Settings) -> None:
+def _write_clip_list(path: Path, records: list[dict], settings: Settings) -> None:
     names = class_names(settings.classes)
     part = path.with_name(f".{path.name}.part")
     with open(part, "w", newline="") as f:
@@ -222,7 +230,7 @@ def _write_clip_list(path: Path, records: List[Dict], settings: Settings) -> Non
     os.replace(part, path)
 
 
-def write_annotations(root: Path, settings: Settings, counts: Dict[str, int]) -> str:
+def write_annotations(root: Path, settings: Settings, counts: dict[str, int]) -> str:
     """
     Write clip list, annotations and README.txt from the records of the items.
 

@@ -14,7 +14,6 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import Boxes, Instances
 
-from avdet2.data.batch import Batch, sample_ids_on, stacked_on
 from avdet2.modeling.avol import AUDIO_ENCODER_REGISTRY
 from avdet2.modeling.heads import MLPHead, global_pool
 from avdet2.modeling.losses import clustering_loss, heatmaps
@@ -28,6 +27,7 @@ from avdet2.modeling.object_dictionary import (
 from avdet2.modeling.objectives import CorrespondenceLoss, build_objective
 from avdet2.modeling.self_box import heatmaps_to_boxes
 from avdet2.modeling.spectrogram import LogSpectrogram
+from avdet2.structures.batch import Batch, sample_ids_on, stacked_on
 
 
 class PairFeatures(NamedTuple):
@@ -293,9 +293,7 @@ class AVLocalizer(nn.Module):
                 maps = self.nce.logits(maps).sigmoid()
             if self.objects is not None:
                 nearest = object_vectors(features.visual, maps) @ self.objects.t()
-                features = features._replace(
-                    logits_v=nearest, logits_a=torch.zeros_like(nearest)
-                )
+                features = features._replace(logits_v=nearest, logits_a=torch.zeros_like(nearest))
         return maps, features
 
     def inference(self, batched_inputs: Batch) -> list[dict]:
@@ -349,9 +347,7 @@ class AVLocalizer(nn.Module):
         instances = self._instances(maps[heard], heard.tolist(), inputs)
         return {"instances": instances, "class_heatmaps": maps}
 
-    def _instances(
-        self, maps: torch.Tensor, clusters: Sequence[int], inputs: dict
-    ) -> Instances:
+    def _instances(self, maps: torch.Tensor, clusters: Sequence[int], inputs: dict) -> Instances:
         """
         The self-boxes of heatmaps (n, h, w) of one image that stand for n clusters; scores are the
         peaks.

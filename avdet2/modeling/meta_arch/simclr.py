@@ -15,11 +15,11 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
-from avdet2.data.batch import Batch, views_on
 from avdet2.modeling.heads import global_pool
 from avdet2.modeling.meta_arch.common import due_storage, normalize
 from avdet2.modeling.nt_xent import NTXentLoss
 from avdet2.modeling.views import RandomView
+from avdet2.structures.batch import Batch, views_on
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,67 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+The trained localizer as a frozen teacher.
+"""
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+
+from avdet2.checkpoint.reading import load_weights
+from avdet2.config_file import load_cfg
+from avdet2.modeling.meta_arch import AVLocalizer
+
+
+def load_localizer(
+    config_file: str, weights: str, device: str = "cpu"
+) -> tuple[AVLocalizer, CfgNode]:
+    """
+    Build a localizer from the config.yaml that its training wrote, and load its checkpoint.
+
+    Args:
+        config_file: path of the config.
+        weights: path of the checkpoint; nothing in it is executed.
+        device: where the model shall live.
+
+    Returns:
+        tuple: the model in eval mode without gradients, and its config.
+
+    Raises:
+        ValueError: a file is missing, or the checkpoint does not fit the config.
+    """
+    _check_file("LOCALIZER_CONFIG", config_file)
+    _check_file("LOCALIZER_WEIGHTS", weights)
+    cfg = load_cfg(PathManager.get_local_path(config_file))
+    cfg.MODEL.DEVICE = device
+    return build_localizer(cfg, config_file, weights), cfg
+
+
+def build_localizer(cfg: CfgNode, config_file: str, weights: str) -> AVLocalizer:
+    """
+    Build a localizer in eval mode without gradients, and load its checkpoint.
+
+    Args:
+        cfg: its config.
+        config_file: where that is from, for messages.
+        weights: path of the checkpoint; nothing in it is executed.
+
+    Raises:
+        ValueError: the config is not a localizer's, or the checkpoint does not fit it.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer":
+        raise ValueError(f"{config_file} is not the config of an AVLocalizer")
+    model = build_model(cfg)
+    state = load_weights(weights).state
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{weights} does not fit {config_file}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _check_file(key: str, path: str) -> None:
+    if not path or not PathManager.isfile(path):
+        raise ValueError(
+            f"MODEL.SELF_BOX.{key} {path!r} is not a file: train a localizer first "
+            "(configs/AV-Localization), its OUTPUT_DIR holds config.yaml and model_final.pth"
+        )
