@@ -14,6 +14,7 @@ import yaml
 from avdet2.checkpoint.convert import ResNetWeights
 from avdet2.checkpoint.pixel_settings import METADATA
 from avdet2.checkpoint.sources import SOURCES
+from avdet2.utils.files import write_whole
 
 
 def save_resnet(weights: ResNetWeights, output: str) -> str:
@@ -34,17 +35,15 @@ def save_resnet(weights: ResNetWeights, output: str) -> str:
         raise ValueError(f"{output}: Detectron2 loads .pth and .pkl, so OUTPUT must end in one")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     form = {"__author__": f"avdet2 ({weights.source})", "matching_heuristics": True}
-    # Whoever stops it leaves no half file of that name.
-    part = f"{output}.part"
-    if output.endswith(".pth"):
-        model = {name: torch.from_numpy(value) for name, value in weights.tensors.items()}
-        metadata = {"source": weights.source, "settings": weights.settings}
-        torch.save({"model": model, **form, METADATA: metadata}, part)
-    else:
-        with open(part, "wb") as f:
+    with write_whole(output) as part, open(part, "wb") as f:
+        if output.endswith(".pth"):
+            model = {name: torch.from_numpy(value) for name, value in weights.tensors.items()}
+            metadata = {"source": weights.source, "settings": weights.settings}
+            # To a stream: PyTorch writes a path's name into the file, and that is another each time.
+            torch.save({"model": model, **form, METADATA: metadata}, f)
+        else:
             pickle.dump({"model": weights.tensors, **form}, f)
-    os.replace(part, output)
-    with open(f"{output}.yaml", "w", encoding="utf-8") as f:
+    with write_whole(f"{output}.yaml") as part, open(part, "w", encoding="utf-8") as f:
         f.write(f"# What goes with {os.path.basename(output)}: {describe(weights)}.\n")
         f.write(yaml.safe_dump(_nested(weights.settings), default_flow_style=None))
     return f"{output}.yaml"

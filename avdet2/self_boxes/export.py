@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.self_boxes.inference import predict_clips
+from avdet2.utils.files import write_whole
 
 
 def cluster_names(num_clusters: int) -> list[str]:
@@ -87,10 +88,8 @@ def export_self_boxes(
     # Some readers take an annotation with the id 0 for none.
     for i, annotation in enumerate(coco["annotations"]):
         annotation["id"] = i + 1
-    path = os.path.join(output_dir, "annotations.json")
-    with open(path + ".part", "w") as f:
-        json.dump(coco, f)
-    os.replace(path + ".part", path)
+    with write_whole(os.path.join(output_dir, "annotations.json")) as part:
+        part.write_text(json.dumps(coco))
     return coco
 
 

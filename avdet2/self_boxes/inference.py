@@ -6,7 +6,6 @@ One pass of a localizer over many clips, or over test images with sound.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,12 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from detectron2.data.samplers import InferenceSampler
+from detectron2.utils.logger import log_first_n
 
 from avdet2.data.loaders import MappedClips
 from avdet2.data.media.video import MediaError
 from avdet2.structures.batch import Batch, PairBatch
-
-logger = logging.getLogger(__name__)
 
 
 class _ReadClips(MappedClips):
@@ -89,15 +87,13 @@ class ReadableLoader:
             counts = Counter(error.reason for error in errors).most_common()
             reasons = ", ".join(f"{count} x {reason}" for reason, count in counts)
             total = len(self._loader.sampler)
-            _warn_once(
+            log_first_n(
+                logging.WARNING,
                 f"{len(errors)} of {total} clips could not be read and were left out: {reasons}; "
-                f"the first is {errors[0]}"
+                f"the first is {errors[0]}",
+                key="message",
+                name=__name__,
             )
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def predict_clips(

@@ -1,5 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -9,9 +10,9 @@ from torch import nn
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils import logger
 
 from avdet2.data.media.video import MediaError
-from avdet2.self_boxes import inference
 from avdet2.self_boxes.inference import ReadableLoader, predict_clips
 
 
@@ -45,8 +46,9 @@ class Mapper:
 
 
 @pytest.fixture(autouse=True)
-def fresh():
-    inference._warn_once.cache_clear()
+def fresh(monkeypatch):
+    # What was logged once before.
+    monkeypatch.setattr(logger, "_LOG_COUNTER", Counter())
 
 
 def _clips(count: int) -> list[dict]:

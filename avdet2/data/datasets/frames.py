@@ -15,6 +15,7 @@ from tqdm import tqdm
 from avdet2.data.datasets.ground_truth import Picture
 from avdet2.data.datasets.prepare import clip_file, find_clips
 from avdet2.data.media.video import MediaError, MediaFile, VideoInfo, read_frame
+from avdet2.utils.files import write_whole
 from avdet2.utils.parallel import CRASHED, parallel_map
 
 JPEG_QUALITY = 95
@@ -150,8 +151,7 @@ def _write_one_by_one(path: str, todo: Iterable[tuple[float, str]]) -> dict[str,
 
 def _save(frame: np.ndarray, target: str) -> None:
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    part = f"{target}.part.jpg"
-    # OpenCV writes BGR.
-    if not cv2.imwrite(part, frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
-        raise OSError(f"{part}: cannot be written")
-    os.replace(part, target)
+    with write_whole(target) as part:
+        # OpenCV writes BGR.
+        if not cv2.imwrite(str(part), frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]):
+            raise OSError(f"{target}: cannot be written: is the disk full?")

@@ -18,12 +18,12 @@ from PIL import Image, UnidentifiedImageError
 
 from avdet2.data.datasets.prepare import (
     counts,
-    file_sha256,
     summary,
     write_coco,
     write_manifest,
     write_missing,
 )
+from avdet2.utils.files import sha256_of_file
 
 # A narrower box, in shares of the frame, is none.
 MIN_SIDE = 1e-6
@@ -264,7 +264,7 @@ def write_ground_truth(
         "missing": len(left_out),
         "boxes": counts(labels, truth.classes),
         "boxes_left_out_of_the_file": dict(sorted(truth.dropped.items())),
-        "sources": {os.path.basename(path): file_sha256(path) for path in sources},
+        "sources": {os.path.basename(path): sha256_of_file(path) for path in sources},
     }
     write_manifest(f"{base}_manifest.json", manifest)
     dropped = "".join(f"; left out {n} x {why}" for why, n in truth.dropped.most_common())

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from avdet2.data.clips.scan import VIDEO_EXTENSIONS
+from avdet2.utils.files import write_whole
 
 # A YouTube id is 11 characters, of which any may be "-" or "_": the rest is what tells the start.
 _CLIP_NAME = re.compile(r"([\w-]{11})_(?:(\d{6})|(\d+)_\d+)", re.ASCII)
@@ -245,7 +246,7 @@ def write_coco(
 
 def write_manifest(path: str, manifest: Mapping[str, Any]) -> str:
     """
-    Write what was prepared from which files, as json; see :func:`file_sha256`, :func:`counts`.
+    Write what was prepared from which files, as json; see :func:`counts`.
     """
     return write_json(path, manifest, indent=1)
 
@@ -277,17 +278,6 @@ def sha256_of_rows(rows: Iterable[Sequence[Any]]) -> str:
     return hashlib.sha256(stream.getvalue().encode("utf-8")).hexdigest()
 
 
-def file_sha256(path: str) -> str:
-    """
-    The sha256 of a file, for the manifest.
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def counts(labels: Iterable[str], classes: Sequence[str]) -> dict[str, int]:
     """
     How often each class occurs, in the order of the classes, also those that do not occur.
@@ -310,7 +300,6 @@ def summary(what: str, found: int, missing: Mapping[str, str]) -> str:
 def _write(path: str, text: str) -> str:
     content = text.encode("utf-8")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + ".part", "wb") as stream:
-        stream.write(content)
-    os.replace(path + ".part", path)
+    with write_whole(path) as part:
+        part.write_bytes(content)
     return hashlib.sha256(content).hexdigest()

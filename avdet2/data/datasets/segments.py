@@ -26,13 +26,13 @@ from avdet2.data.datasets.prepare import (
     ClipFiles,
     clip_file,
     counts,
-    file_sha256,
     find_clips,
     sha256_of_rows,
     write_clip_list,
     write_manifest,
     write_missing,
 )
+from avdet2.utils.files import sha256_of_file
 
 NOT_ON_DISK = "no file of this segment"
 OTHER_SEGMENT = "only another segment of the video is on disk"
@@ -207,7 +207,7 @@ def write_prepared(
     manifest = {
         # Relative where the data set can be moved as a whole.
         "videos": os.path.abspath(videos) if inside.startswith("..") else inside,
-        "sources": {os.path.basename(path): file_sha256(path) for path in sources},
+        "sources": {os.path.basename(path): sha256_of_file(path) for path in sources},
         **notes,
         "segments": len({s.name for spec in lists.values() for s in spec.segments}),
         "lists": written,

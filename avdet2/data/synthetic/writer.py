@@ -7,7 +7,6 @@ Writes a synthetic data set: mp4 and jpg files, clip list, COCO annotations. Rea
 import csv
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+
+from avdet2.utils.files import write_whole
 
 from .generator import SPLITS, VERSION, Item, Settings, make_item
 from .objects import class_names
@@ -122,9 +123,8 @@ def open_output(root: Path, settings: Settings) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    with write_whole(path) as part:
+        part.write_bytes(content)
 
 
 def _record_path(root: Path, split: str, index: int) -> Path:
@@ -154,9 +154,8 @@ def write_item(root: Path, settings: Settings, split: str, index: int) -> bool:
     item = make_item(settings, split, index)
     stem = root / split / f"{index:06d}"
     files = [stem.with_suffix(".mp4")]
-    part = files[0].with_name(f".{files[0].name}.part")
-    write_video(part, item.frames, item.waveform, settings.fps, SAMPLE_RATE)
-    os.replace(part, files[0])
+    with write_whole(files[0]) as part:
+        write_video(part, item.frames, item.waveform, settings.fps, SAMPLE_RATE)
     if split != "train":
         files.append(stem.with_suffix(".jpg"))
         _write_image(files[1], item, settings)
@@ -219,15 +218,13 @@ def _coco(records: list[dict], settings: Settings) -> dict:
 
 def _write_clip_list(path: Path, records: list[dict], settings: Settings) -> None:
     names = class_names(settings.classes)
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", newline="") as f:
+    with write_whole(path) as part, open(part, "w", newline="") as f:
         rows = csv.writer(f)
         rows.writerow(["file", "start", "duration", "label"])
         for record in records:
             # Music over scenery is of no class.
             label = names[record["sounds"][0]["category"]] if record["objects"] else ""
             rows.writerow([f"train/{record['index']:06d}.mp4", 0, settings.seconds, label])
-    os.replace(part, path)
 
 
 def write_annotations(root: Path, settings: Settings, counts: dict[str, int]) -> str:

@@ -24,7 +24,6 @@ from avdet2.data.datasets.prepare import (
     add_clips,
     add_output,
     counts,
-    file_sha256,
     find_clips,
     parse_clip_name,
     read_csv,
@@ -45,6 +44,7 @@ from avdet2.data.datasets.segments import (
     manifest_lines,
     prepare_segments,
 )
+from avdet2.utils.files import sha256_of_file
 
 
 def test_written_lists_are_read_back(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_written_lists_are_read_back(tmp_path: Path) -> None:
         ClipRow("-c_000030.mp4", 1.5, 2.25, ("dog", "x, y")),
     ]
     content = Path(path).read_bytes()
-    assert sha256 == hashlib.sha256(content).hexdigest() == file_sha256(path)
+    assert sha256 == hashlib.sha256(content).hexdigest() == sha256_of_file(path)
     assert content.startswith(b"file,start,duration,label\n") and b"\r" not in content
     assert os.listdir(tmp_path / "new") == ["list.csv"]
     assert write_clip_list(path, rows[::-1]) != sha256
@@ -92,7 +92,7 @@ def test_coco_file_is_coco(tmp_path: Path) -> None:
     assert [coco.cats[i]["name"] for i in (1, 2)] == ["dog", "cat"]
     assert coco.loadAnns([1])[0]["area"] == 13.5 and coco.loadAnns([1])[0]["iscrowd"] == 0
     assert [note["id"] for note in coco.loadAnns(coco.getAnnIds(imgIds=7, iscrowd=True))] == [2]
-    assert sha256 == file_sha256(path) and "id" not in notes[0]
+    assert sha256 == sha256_of_file(path) and "id" not in notes[0]
 
 
 def test_counts_and_summary() -> None:
@@ -211,9 +211,9 @@ def test_segments_to_lists(prepared: tuple[Path, dict, dict], tmp_path: Path) ->
         "owl, barn": {"annotated": 1, "found": 1},
         "bee": {"annotated": 0, "found": 0},
     }
-    assert entry["sha256"] == file_sha256(str(root / entry["file"]))
+    assert entry["sha256"] == sha256_of_file(str(root / entry["file"]))
     assert manifest["missing"] == {
-        "segments": 2, "sha256": file_sha256(str(root / "missing.csv")),
+        "segments": 2, "sha256": sha256_of_file(str(root / "missing.csv")),
     }  # fmt: skip
     assert manifest["sources"] == {"source.csv": hashlib.sha256(b"x").hexdigest()}
     assert manifest["videos"] == "videos" and manifest["note"] == 5

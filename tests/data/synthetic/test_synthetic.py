@@ -99,7 +99,7 @@ def test_script_makes_only_what_is_missing(small_set, tmp_path, monkeypatch, cap
     for name in ("train/000002.mp4", "test/000001.jpg", "annotations/val.json"):
         assert (tmp_path / name).read_bytes() == (root / name).read_bytes()
     # Nothing half-written is left, and other settings do not mix into the folder.
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.part*"))
     with pytest.raises(SystemExit, match="other settings"):
         _prepare(monkeypatch, capsys, tmp_path, "--seed", 5)
 
