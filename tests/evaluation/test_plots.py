@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avdet2.benchmark.evaluation import random_case
 from avdet2.evaluation import plots
 from avdet2.evaluation.detection.box_matching import evaluate_boxes
 from avdet2.evaluation.detection.coco_boxes import Truth, coco, read_results
 from avdet2.evaluation.detection.metrics import average_precisions
 from avdet2.evaluation.naming.cluster_matching import match_clusters
 from avdet2.evaluation.plots import detection_curves, draw_results, per_class_table, read_run
+from task_eval import random_case
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "plot_results.py"
 NAMES = ["cello", "flute", "a|b", "harp"]

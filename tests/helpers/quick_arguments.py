@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-What tools/benchmark.py hands to a task, for quick runs.
+What tools/benchmark hands to a task, for quick runs.
 """
 
 import argparse

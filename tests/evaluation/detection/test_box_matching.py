@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from pycocotools.cocoeval import COCOeval
 
-from avdet2.benchmark.evaluation import random_case
 from avdet2.evaluation.detection import box_matching
 from avdet2.evaluation.detection.box_matching import AREAS, COCO_IOUS, IOUS, evaluate_boxes
 from avdet2.evaluation.detection.coco_boxes import Truth, coco, read_results
+from task_eval import random_case
 
 
 def hard_case(seed: int, images: int = 30):

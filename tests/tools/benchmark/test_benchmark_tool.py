@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Tests of tools/benchmark.py, and of what it says of the machine.
+Tests of tools/benchmark, and of what it says of the machine.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from avdet2.benchmark.machine import (
+from bench_machine import (
     cpu_model,
     describe_machine,
     driver_version,
@@ -26,15 +26,15 @@ from avdet2.benchmark.machine import (
     limit_threads,
     process_bytes,
 )
-from avdet2.benchmark.timing import Comparison, Report, Timing
+from bench_timing import Comparison, Report, Timing
 
-ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "benchmark.py"
+ROOT = Path(__file__).resolve().parents[3]
+TOOL = ROOT / "tools" / "benchmark"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("benchmark_tool", TOOL)
+    spec = importlib.util.spec_from_file_location("benchmark_tool", TOOL / "__main__.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -49,9 +49,9 @@ def tasks(tool, monkeypatch):
 
     def module(name):
         def run(args: argparse.Namespace) -> Report:
-            given.append((name.rpartition(".")[2], args))
+            given.append((name, args))
             slow = Comparison("ours", "plain", Timing((2.0,), (2.0,)), Timing((3.0,), (3.0,)), 4.0)
-            return Report("eval" if name.endswith("evaluation") else name[17:], {}, [slow])
+            return Report(name.removeprefix("task_"), {}, [slow])
 
         def plot(report: Report, path: str) -> None:
             Path(path).write_text(report.task)
@@ -107,12 +107,12 @@ def test_a_missed_bar_is_no_error_but_is_seen(tool, tasks, tmp_path, capsys):
 
 def test_all_tasks(tool, tasks, tmp_path, capsys):
     run(tool, "--task", "all", "--output", tmp_path)
-    names = ["data", "localizer", "self_box", "sinkhorn", "detector", "evaluation", "growth"]
-    assert [name for name, _ in tasks] == names
+    names = ["data", "localizer", "self_box", "sinkhorn", "detector", "eval", "growth"]
+    assert [name for name, _ in tasks] == [f"task_{name}" for name in names]
     assert len(list(tmp_path.glob("*.json"))) == 7
     assert [path.name for path in tmp_path.glob("*.png")] == ["growth.png"]
     headings = [x[4:] for x in capsys.readouterr().out.splitlines() if x.startswith("### ")]
-    assert headings == ["eval" if name == "evaluation" else name for name in names]
+    assert headings == names
 
 
 def test_arguments(tool, tasks, tmp_path):

@@ -11,10 +11,10 @@ from pathlib import Path
 import cv2
 import pytest
 
-from avdet2.benchmark import growth
-from avdet2.benchmark.growth import CURVES, plot, run, value_name
-from avdet2.benchmark.report import report_document, report_of, report_table
-from avdet2.benchmark.timing import Report
+import task_growth as growth
+from bench_report import report_document, report_of, report_table
+from bench_timing import Report
+from task_growth import CURVES, plot, run, value_name
 
 SIZES = (200, 1000)
 

@@ -23,11 +23,11 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.structures import Boxes, Instances
 
-from avdet2.benchmark.timing import Comparison, Report, alternate
 from avdet2.evaluation.detection.evaluator import SelfSupervisedDetectionEvaluator
 from avdet2.evaluation.localization.evaluator import LocalizationEvaluator
 from avdet2.evaluation.localization.protocols import PROTOCOLS
 from avdet2.evaluation.naming.cluster_matching import ClusterMatching
+from bench_timing import Comparison, Report, alternate
 
 __all__ = ["assert_equal_metrics", "random_case", "run"]
 

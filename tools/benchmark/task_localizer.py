@@ -18,23 +18,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.utils.events import EventStorage
 
-from avdet2.benchmark.feeding import (
-    DATASET,
-    Feed,
-    alternate_feeds,
-    register_clips,
-    worker_counts,
-    workers_name,
-)
-from avdet2.benchmark.matrix_rate import (
-    StepFlops,
-    convolution_flops,
-    matrix_rates,
-    share_of_rate,
-)
-from avdet2.benchmark.profiling import StepProfile, kernel_lines, profile_step
-from avdet2.benchmark.timing import Comparison, Report, Timing, alternate
-from avdet2.benchmark.training import (
+from avdet2.engine import AVTrainer
+from avdet2.structures.batch import PairBatch
+from bench_timing import Comparison, Report, Timing, alternate
+from bench_training import (
     LocalizerTraining,
     Variant,
     device_name,
@@ -44,8 +31,21 @@ from avdet2.benchmark.training import (
     size_kind,
     variants,
 )
-from avdet2.engine import AVTrainer
-from avdet2.structures.batch import PairBatch
+from feeding import (
+    DATASET,
+    Feed,
+    alternate_feeds,
+    register_clips,
+    worker_counts,
+    workers_name,
+)
+from matrix_rate import (
+    StepFlops,
+    convolution_flops,
+    matrix_rates,
+    share_of_rate,
+)
+from step_profile import StepProfile, kernel_lines, profile_step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "AV-Localization"
 # On one NVIDIA H200: pairs a second, and the share of the matrix rate in the convolutions.
@@ -288,7 +288,7 @@ def run(args: argparse.Namespace) -> Report:
     Measure how fast a localizer trains.
 
     Args:
-        args: of tools/benchmark.py: ``rounds``, ``quick``, ``device``, ``clips``, ``prepared``,
+        args: of tools/benchmark: ``rounds``, ``quick``, ``device``, ``clips``, ``prepared``,
             ``opts``, and ``config_file``, by default the paper's joint stage.
 
     Raises:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from avdet2.benchmark.timing import Comparison, Report, Timing
+from bench_timing import Comparison, Report, Timing
 
 __all__ = ["markdown", "read_reports", "report_document", "report_of", "report_table"]
 
@@ -40,7 +40,7 @@ def report_document(report: Report, facts: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         the facts; "task", "setting", "values", "notes", and "asked" as in
-        :class:`~avdet2.benchmark.timing.Report`; "comparisons", with "timing" and
+        :class:`~bench_timing.Report`; "comparisons", with "timing" and
         "baseline_timing" as lists of seconds by round ("wall", "cpu") and their medians, and with
         "ratio" and "is_met"; and "missed", names of what is not as asked.
     """
@@ -71,7 +71,7 @@ def report_of(document: Mapping[str, Any]) -> Report:
             comparisons.append(Comparison(**row))
         parts = {key: document[key] for key in Report.__dataclass_fields__}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"not a report of tools/benchmark.py: {error!r}") from error
+        raise ValueError(f"not a report of tools/benchmark: {error!r}") from error
     values = {k: math.nan if x is None else x for k, x in parts["values"].items()}
     asked = {key: tuple(bounds) for key, bounds in parts["asked"].items()}
     return Report(**parts | {"comparisons": comparisons, "values": values, "asked": asked})
@@ -86,7 +86,7 @@ def read_reports(folder: Path | str, tasks: Iterable[str]) -> list[dict[str, Any
     """
     files = [path for task in tasks if (path := Path(folder) / f"{task}.json").is_file()]
     if not files:
-        raise ValueError(f"{folder} has no report of tools/benchmark.py (TASK.json)")
+        raise ValueError(f"{folder} has no report of tools/benchmark (TASK.json)")
     documents = []
     for path in files:
         try:

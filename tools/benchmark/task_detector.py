@@ -19,17 +19,6 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from avdet2.benchmark.feeding import (
-    DATASET,
-    Feed,
-    alternate_feeds,
-    register_clips,
-    worker_counts,
-    workers_name,
-)
-from avdet2.benchmark.machine import usable_cores
-from avdet2.benchmark.timing import Comparison, Report, Timing, alternate
-from avdet2.benchmark.training import BatchTraining, device_name, load_sized, size_kind
 from avdet2.config_file import load_cfg
 from avdet2.data.loaders import build_list_loader
 from avdet2.data.mappers.av_mapper import limit_threads, to_image_tensor
@@ -38,6 +27,17 @@ from avdet2.self_boxes.heatmap_writer import write_heatmaps
 from avdet2.self_boxes.mapper import SelfBoxMapper
 from avdet2.self_boxes.teacher import load_localizer
 from avdet2.structures.windows import random_window
+from bench_machine import usable_cores
+from bench_timing import Comparison, Report, Timing, alternate
+from bench_training import BatchTraining, device_name, load_sized, size_kind
+from feeding import (
+    DATASET,
+    Feed,
+    alternate_feeds,
+    register_clips,
+    worker_counts,
+    workers_name,
+)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Short side of made clips, as tools/prepare_clips.py stores frames.
@@ -303,7 +303,7 @@ def run(args: argparse.Namespace) -> Report:
     Measure how fast a detector trains.
 
     Args:
-        args: of tools/benchmark.py: ``rounds``, ``quick``, ``device``, ``clips`` with
+        args: of tools/benchmark: ``rounds``, ``quick``, ``device``, ``clips`` with
             ``prepared``, ``opts``, and ``config_file``, by default the paper's warm-up.
             MODEL.SELF_BOX.LOCALIZER_CONFIG and LOCALIZER_WEIGHTS may name a trained localizer.
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from quick_arguments import arguments
 
-from avdet2.benchmark import detector
-from avdet2.benchmark.detector import CACHED, ON_THE_FLY, STORED, StoredBoxMapper
-from avdet2.benchmark.feeding import write_copies
+import task_detector as detector
 from avdet2.self_boxes.mapper import SelfBoxMapper
+from feeding import write_copies
+from task_detector import CACHED, ON_THE_FLY, STORED, StoredBoxMapper
 
 WARMUP = str(detector.CONFIGS / "Unsupervised-Detection" / "warmup_R50_FPN.yaml")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from avdet2.benchmark import sinkhorn
-from avdet2.benchmark.sinkhorn import (
+import task_sinkhorn as sinkhorn
+from task_sinkhorn import (
     Case,
     column_error,
     make_logits,
@@ -19,7 +19,7 @@ from avdet2.benchmark.sinkhorn import (
     self_label_labels,
 )
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "sinkhorn"
+VECTORS = Path(__file__).parents[2] / "vectors" / "sinkhorn"
 ways = pytest.mark.parametrize("way", [selavi_labels, self_label_labels])
 
 

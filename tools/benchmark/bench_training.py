@@ -16,11 +16,11 @@ from torchaudio.transforms import MelSpectrogram
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
-from avdet2.benchmark.profiling import Stopwatch
 from avdet2.config_file import load_cfg
 from avdet2.engine import AVTrainer
 from avdet2.engine.train_step import TrainStep
 from avdet2.structures.batch import Batch, PairBatch, stacked_on
+from step_profile import Stopwatch
 
 # Iterations between two looks at the losses, as SOLVER.METRIC_PERIOD.
 METRIC_PERIOD = 20

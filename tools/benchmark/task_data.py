@@ -18,16 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from detectron2.config import CfgNode, get_cfg
 
-from avdet2.benchmark.plain_media import (
-    PlainSound,
-    decode_all,
-    decode_sound,
-    make_videos,
-    plain_sound,
-    plain_spectrogram,
-    seek_and_decode,
-)
-from avdet2.benchmark.timing import Comparison, Report, Timing, alternate, cpu_seconds
 from avdet2.config import add_avdet2_config
 from avdet2.data.clips.scan import load_av_clips
 from avdet2.data.mappers.av_mapper import AVMapper, ClipSampler, to_image_tensor
@@ -37,6 +27,16 @@ from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
 from avdet2.modeling.spectrogram import LogSpectrogram
 from avdet2.structures.batch import PairBatch
 from avdet2.structures.windows import random_window
+from bench_timing import Comparison, Report, Timing, alternate, cpu_seconds
+from plain_media import (
+    PlainSound,
+    decode_all,
+    decode_sound,
+    make_videos,
+    plain_sound,
+    plain_spectrogram,
+    seek_and_decode,
+)
 
 __all__ = ["run"]
 

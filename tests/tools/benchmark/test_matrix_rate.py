@@ -12,16 +12,16 @@ from torch import nn
 
 from detectron2.utils.events import EventStorage
 
-from avdet2.benchmark.matrix_rate import (
+from avdet2.config_file import load_cfg
+from matrix_rate import (
     PRECISIONS,
     call_seconds,
     convolution_flops,
     matrix_rates,
     share_of_rate,
 )
-from avdet2.config_file import load_cfg
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 

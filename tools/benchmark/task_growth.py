@@ -14,6 +14,7 @@ import logging
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,9 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from avdet2.benchmark.machine import process_bytes
-from avdet2.benchmark.sinkhorn import Case, make_logits
-from avdet2.benchmark.timing import Report
 from avdet2.data.clips.clip_index import Index, list_key, write_index
 from avdet2.data.clips.clip_table import ClipTable
 from avdet2.data.clips.file_table import FileNames, FileTable
@@ -39,10 +37,13 @@ from avdet2.data.loaders import ClipOrderSampler, MappedClips
 from avdet2.data.prepared.packed import CLIP, SETTINGS_FILE, PackedClips, PackSettings, clip_key
 from avdet2.modeling.sinkhorn import sinkhorn_labels
 from avdet2.utils.collectives import all_reduce
+from bench_machine import process_bytes
+from bench_timing import Report
+from task_sinkhorn import Case, make_logits
 
 __all__ = ["CURVES", "plot", "run", "value_name"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("benchmark")
 
 SIZES, QUICK_SIZES = (1000, 10_000, 100_000, 1_000_000, 2_000_000), (200, 1000)
 CLUSTERS = 39
@@ -164,8 +165,8 @@ def _in_processes(function: Callable, args: list[tuple]) -> list[Any]:
     unseen.
     """
     context = multiprocessing.get_context("forkserver")
-    # Children of one server that has imported everything.
-    context.set_forkserver_preload([__name__])
+    # Children of one server that has imported everything. It cannot find the modules beside this.
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith("avdet2.")])
     with ProcessPoolExecutor(len(args), mp_context=context, initializer=_one_thread) as pool:
         return [task.result() for task in [pool.submit(function, *words) for words in args]]
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 __all__ = ["Comparison", "Report", "Timing", "alternate", "cpu_seconds"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("benchmark")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import argparse
 import numpy as np
 import pytest
 
-from avdet2.benchmark import self_box
-from avdet2.benchmark.self_box import compare_boxes, cv2_boxes, random_heatmaps, scipy_boxes
-from avdet2.benchmark.timing import Report
+import task_self_box as self_box
+from bench_timing import Report
+from task_self_box import compare_boxes, cv2_boxes, random_heatmaps, scipy_boxes
 
 
 @pytest.mark.parametrize("way", [scipy_boxes, cv2_boxes])

@@ -12,7 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from avdet2.benchmark.matrix_rate import synchronize
+from matrix_rate import synchronize
 
 # The operators that all convolutions go through, forward and backward, compiled or not.
 CONVOLUTION_OPERATORS = ("aten::convolution", "aten::convolution_backward")

@@ -15,7 +15,8 @@ from media_files import decode_all, delay_of_sound, write_video  # noqa: E402
 
 from detectron2.config import get_cfg
 
-from avdet2.benchmark import data, plain_media
+import plain_media
+import task_data as data
 from avdet2.config import add_avdet2_config
 from avdet2.data.media.video import probe, read_audio, read_frame
 from avdet2.modeling.spectrogram import LogSpectrogram

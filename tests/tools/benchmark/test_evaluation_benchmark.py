@@ -6,9 +6,9 @@ import pytest
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.benchmark import evaluation
-from avdet2.benchmark.evaluation import assert_equal_metrics, random_case, registered
+import task_eval as evaluation
 from avdet2.evaluation.localization.protocols import PROTOCOLS
+from task_eval import assert_equal_metrics, random_case, registered
 
 
 @pytest.fixture

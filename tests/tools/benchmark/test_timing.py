@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from avdet2.benchmark import timing
-from avdet2.benchmark.timing import Comparison, Report, Timing, alternate, cpu_seconds
+import bench_timing as timing
+from bench_timing import Comparison, Report, Timing, alternate, cpu_seconds
 
 
 class Clock:

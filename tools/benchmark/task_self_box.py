@@ -13,9 +13,6 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from avdet2.benchmark.detector import random_localizer
-from avdet2.benchmark.feeding import write_copies
-from avdet2.benchmark.timing import Comparison, Report, alternate
 from avdet2.modeling.losses import heatmaps
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.modeling.self_box import heatmaps_to_boxes
@@ -23,6 +20,9 @@ from avdet2.self_boxes.folding import fold_batch_norms
 from avdet2.self_boxes.heatmap_writer import write_heatmaps
 from avdet2.self_boxes.mapper import SelfBoxMapper
 from avdet2.self_boxes.teacher import load_localizer
+from bench_timing import Comparison, Report, alternate
+from feeding import write_copies
+from task_detector import random_localizer
 
 # The least ratios of CPU times.
 SCIPY, CV2, FOLDED, CACHED = 12.0, 2.5, 1.1, 20.0

@@ -4,10 +4,10 @@
 Measures what parts of avdet2 cost, each beside a plain way to do the same, in turns, and prints
 tables: medians, and ratios of neighbours in time. Every round's times are in OUTPUT/TASK.json.
 
-    python tools/benchmark.py --task all --quick
-    python tools/benchmark.py --task data self_box --clips videos/ --rounds 7
-    python tools/benchmark.py --task localizer detector --device cuda SOLVER.AMP.PRECISION bf16
-    python tools/benchmark.py --table output/benchmark
+    python tools/benchmark --task all --quick
+    python tools/benchmark --task data self_box --clips videos/ --rounds 7
+    python tools/benchmark --task localizer detector --device cuda SOLVER.AMP.PRECISION bf16
+    python tools/benchmark --table output/benchmark
 
 Ratios are of CPU time of a single thread unless --threads says otherwise, so that they hold on a
 busy machine as well, or of elapsed time where the table says so. A ratio below what is asked for is
@@ -22,26 +22,18 @@ import logging
 import os
 import sys
 
-from avdet2.benchmark.machine import (
+from bench_machine import (
     describe_machine,
     installed_versions,
     limit_threads,
     load_average,
 )
-from avdet2.benchmark.report import markdown, read_reports, report_document
+from bench_report import markdown, read_reports, report_document
 
-logger = logging.getLogger("avdet2.benchmark.tool")
+logger = logging.getLogger("benchmark")
 
-# Task and module; a module is imported when its task runs.
-TASKS = {
-    "data": "data",
-    "localizer": "localizer",
-    "self_box": "self_box",
-    "sinkhorn": "sinkhorn",
-    "detector": "detector",
-    "eval": "evaluation",
-    "growth": "growth",
-}
+# Each is a module task_NAME, imported when it runs.
+TASKS = ("data", "localizer", "self_box", "sinkhorn", "detector", "eval", "growth")
 
 
 def measure(task: str, args: argparse.Namespace) -> dict:
@@ -49,7 +41,7 @@ def measure(task: str, args: argparse.Namespace) -> dict:
     Run a task, write its json, and its plot if it has one; return what stands in the json.
     """
     machine = describe_machine()
-    module = importlib.import_module(f"avdet2.benchmark.{TASKS[task]}")
+    module = importlib.import_module(f"task_{task}")
     report = module.run(args)
     machine["load_average_after"] = load_average()
     facts = {
@@ -80,7 +72,7 @@ def main(args: argparse.Namespace) -> list[dict]:
         # To stderr, for the tables go to stdout; and only the benchmark's: an evaluator logs its
         # whole table in each round.
         logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
-        logging.getLogger("avdet2.benchmark").setLevel(logging.INFO)
+        logger.setLevel(logging.INFO)
         limit_threads(args.threads)
         os.makedirs(args.output, exist_ok=True)
         args.rounds = args.rounds or (2 if args.quick else 5)
@@ -104,7 +96,9 @@ def argument_parser() -> argparse.ArgumentParser:
     The parser of the command line.
     """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "tools/benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", nargs="+", choices=[*TASKS, "all"], help="what to measure")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from avdet2.benchmark.machine import process_bytes
-from avdet2.benchmark.timing import Comparison, Report, Timing, alternate
 from avdet2.modeling.sinkhorn import sinkhorn_labels
+from bench_machine import process_bytes
+from bench_timing import Comparison, Report, Timing, alternate
 
 __all__ = ["Case", "make_logits", "run", "self_label_labels", "selavi_labels"]
 

@@ -15,15 +15,15 @@ import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.benchmark.machine import usable_cores
-from avdet2.benchmark.matrix_rate import synchronize
-from avdet2.benchmark.timing import Timing, cpu_seconds
 from avdet2.data.clips.scan import scan_clips
 from avdet2.data.prepared.packed import PackedClips, PackSettings, clip_key
 from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
 from avdet2.data.synthetic.generator import Settings, make_item
 from avdet2.data.synthetic.sounds import SAMPLE_RATE
 from avdet2.data.synthetic.writer import write_video
+from bench_machine import usable_cores
+from bench_timing import Timing, cpu_seconds
+from matrix_rate import synchronize
 
 # The data set that the clips of a benchmark are registered as.
 DATASET = "benchmark_clips"
@@ -172,7 +172,7 @@ def alternate_feeds(
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """
-    As :func:`~avdet2.benchmark.timing.alternate`, for loaders: each turn starts its own workers
+    As :func:`~bench_timing.alternate`, for loaders: each turn starts its own workers
     and ends them, so that nobody prepares batches during the turn of another.
 
     Args:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from avdet2.benchmark.report import (
+from bench_report import (
     markdown,
     read_reports,
     report_document,
     report_of,
     report_table,
 )
-from avdet2.benchmark.timing import Comparison, Report, Timing
+from bench_timing import Comparison, Report, Timing
 
 MACHINE = {"cpu": "A CPU", "cores": 2, "memory_gib": 4.0, "threads": {"torch": 1}, "gpus": []}
 FACTS = {

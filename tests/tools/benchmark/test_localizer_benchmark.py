@@ -17,8 +17,18 @@ from torch.autograd import DeviceType
 
 from detectron2.data import DatasetCatalog
 
-from avdet2.benchmark import localizer
-from avdet2.benchmark.feeding import (
+import task_localizer as localizer
+from avdet2.data.prepared.packed import PackedClips
+from avdet2.modeling.spectrogram import LogSpectrogram
+from bench_timing import Report
+from bench_training import (
+    LocalizerTraining,
+    Variant,
+    make_batch,
+    plain_spectrogram,
+    variants,
+)
+from feeding import (
     DATASET,
     Feed,
     alternate_feeds,
@@ -26,24 +36,14 @@ from avdet2.benchmark.feeding import (
     worker_counts,
     write_copies,
 )
-from avdet2.benchmark.matrix_rate import StepFlops
-from avdet2.benchmark.profiling import (
+from matrix_rate import StepFlops
+from step_profile import (
     StepProfile,
     Stopwatch,
     kernel_lines,
     profile_step,
     summarize,
 )
-from avdet2.benchmark.timing import Report
-from avdet2.benchmark.training import (
-    LocalizerTraining,
-    Variant,
-    make_batch,
-    plain_spectrogram,
-    variants,
-)
-from avdet2.data.prepared.packed import PackedClips
-from avdet2.modeling.spectrogram import LogSpectrogram
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -148,7 +148,7 @@ class TestProfile:
 
 def test_stopwatch_adds_up_parts(monkeypatch):
     times = iter([10.0, 11.0, 13.0, 17.0, 25.0])
-    monkeypatch.setattr("avdet2.benchmark.profiling.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("step_profile.time.perf_counter", lambda: next(times))
     watch = Stopwatch("cpu")
     for name in ("start", "a", "b", "a", "b"):
         watch.mark(name)
@@ -217,7 +217,7 @@ class TestFeeding:
             os.kill(pid, 0)
 
     def test_worker_counts(self, monkeypatch):
-        monkeypatch.setattr("avdet2.benchmark.feeding.usable_cores", lambda: 6)
+        monkeypatch.setattr("feeding.usable_cores", lambda: 6)
         assert worker_counts(quick=False) == (1, 2, 4, 6)
         assert worker_counts(quick=True) == (1,)
 
