@@ -3,11 +3,14 @@
 The heads on top of the two encoders.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from detectron2.layers import Conv2d, get_norm
+
+Array = np.ndarray | torch.Tensor
 
 
 class MLPHead(nn.Sequential):
@@ -52,3 +55,16 @@ def global_pool(features: torch.Tensor) -> torch.Tensor:
     Average of a map over space: (N, C, h, w) to (N, C, 1, 1).
     """
     return features.mean(dim=(2, 3), keepdim=True)
+
+
+def joint_cluster(logits_v: Array, logits_a: Array) -> Array:
+    """
+    Eq. 6: the cluster of frame and sound together, argmax(g_v + g_a).
+
+    Args:
+        logits_v, logits_a: tensors or arrays of shape (..., K).
+
+    Returns:
+        integers of shape (...); the lowest cluster wins a tie.
+    """
+    return (logits_v + logits_a).argmax(-1)

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 
-__all__ = ["SelfBoxes", "heatmaps_to_boxes", "threshold"]
+__all__ = ["SelfBoxes", "bilinear_weights", "heatmaps_to_boxes", "self_boxes", "threshold"]
 
 Array = np.ndarray | torch.Tensor
 
@@ -120,6 +120,22 @@ def heatmaps_to_boxes(
     return SelfBoxes(rows[:, :4], rows[:, 4], valid)
 
 
+def self_boxes(
+    heatmap: torch.Tensor, image_size: tuple[int, int], beta: float, multi: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The self-boxes of one heatmap (h, w), on the CPU.
+
+    Returns:
+        tuple: boxes (n, 4), xyxy in pixels of ``image_size`` (H, W), and scores (n,), with n at
+        most 1 unless ``multi``.
+    """
+    found = heatmaps_to_boxes(heatmap[None].cpu(), image_size, beta, multi=multi)
+    if multi:
+        return found[0]
+    return found.boxes[found.valid], found.scores[found.valid]
+
+
 def _has_peak(grids: np.ndarray) -> np.ndarray:
     """
     Whether heatmaps (N, h, w) are finite and not constant.
@@ -189,18 +205,31 @@ def _bilinear(
     """
     A window of the upsampled heatmap, as `interpolate(mode="bilinear", align_corners=False)`.
     """
-    rows = _bilinear_weights(grid.shape[0], image_size[0])[window[0]]
-    columns = _bilinear_weights(grid.shape[1], image_size[1])[window[1]]
+    rows = _pixel_weights(grid.shape[0], image_size[0])[window[0]]
+    columns = _pixel_weights(grid.shape[1], image_size[1])[window[1]]
     return rows @ (grid @ columns.T)
 
 
 @lru_cache(maxsize=64)
-def _bilinear_weights(num_cells: int, num_pixels: int) -> np.ndarray:
+def _pixel_weights(num_cells: int, num_pixels: int) -> np.ndarray:
     """
+    Each pixel's weights of the cells, of shape (num_pixels, num_cells).
+    """
+    return bilinear_weights((np.arange(num_pixels) + 0.5) * num_cells / num_pixels, num_cells)
+
+
+def bilinear_weights(places: np.ndarray, num_cells: int) -> np.ndarray:
+    """
+    Weights of a heatmap's cells along one axis, for bilinear sampling.
+
+    Args:
+        places: of shape (n,), in cells: cell i reaches from i to i + 1. Beyond the centres of the
+            outer cells nothing changes.
+        num_cells: along this axis.
+
     Returns:
-        float32 array of shape (num_pixels, num_cells): each pixel's weights of the cells.
+        float32 array of shape (n, num_cells).
     """
-    centers = (np.arange(num_pixels) + 0.5) * num_cells / num_pixels - 0.5
-    centers = centers.clip(0, num_cells - 1)
+    centers = (places - 0.5).clip(0, num_cells - 1)
     distance = np.abs(centers[:, None] - np.arange(num_cells))
     return (1 - distance).clip(min=0).astype(np.float32)

@@ -10,7 +10,7 @@ from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 
 from avdet2.data.mappers.av_mapper import MAX_FAILURES_IN_A_ROW, limit_threads, to_image_tensor
-from avdet2.modeling.meta_arch.av_localizer import self_boxes
+from avdet2.modeling.self_box import self_boxes
 from avdet2.self_boxes.heatmap_cache import HeatmapCache
 from avdet2.self_boxes.teacher import load_localizer
 from avdet2.self_boxes.window_maps import CachedMaps, LocalizerMaps, MapSource
@@ -148,12 +148,12 @@ class SelfBoxMapper:
             )
         return source
 
-    def _self_boxes(self, heatmap: np.ndarray) -> torch.Tensor:
+    def _self_boxes(self, heatmap: torch.Tensor) -> torch.Tensor:
         """
         Boxes (n, 4) in pixels of the detector's image.
         """
         side, beta = self.source.crop_size, np.random.uniform(*self.beta)
-        boxes, _ = self_boxes(torch.from_numpy(heatmap), (side, side), beta, self.multi)
+        boxes, _ = self_boxes(heatmap, (side, side), beta, self.multi)
         return boxes * (self.image_size / side)
 
     def _count_empty(self) -> None:

@@ -14,7 +14,9 @@ from detectron2.config import CfgNode
 
 from avdet2.data.mappers.av_mapper import ClipSampler, to_image_tensor
 from avdet2.data.prepared.packed import ClipReader
+from avdet2.modeling.heads import joint_cluster
 from avdet2.modeling.meta_arch.av_localizer import AVLocalizer
+from avdet2.modeling.self_box import bilinear_weights
 from avdet2.self_boxes.folding import fold_batch_norms
 from avdet2.self_boxes.heatmap_cache import HeatmapCache
 from avdet2.structures.windows import Window, random_window
@@ -27,13 +29,13 @@ class WindowMap(NamedTuple):
     Attributes:
         frame: of shape (H, W, 3), uint8 RGB, as it is stored.
         window: of the frame.
-        heatmap: of the window, of shape (h, w), float32.
+        heatmap: of the window, of shape (h, w), float32, on the CPU.
         cluster: of frame and sound, eq. 6; None where the localizer has no clusters.
     """
 
     frame: np.ndarray
     window: Window
-    heatmap: np.ndarray
+    heatmap: torch.Tensor
     cluster: int | None
 
 
@@ -87,14 +89,12 @@ class LocalizerMaps:
         window = random_window(*frame.shape[:2], self.window_fraction, self.flip)
         image = to_image_tensor(frame, window.transforms(self.crop_size), self.image_format)
         sound = torch.from_numpy(waveform)
-        # Tensors that are made in here would be of no use to a loss: numbers leave it.
         with torch.inference_mode():
             maps, features = self.localizer.localize([{"image": image, "waveform": sound}])
             cluster = None
             if self.num_clusters:
-                cluster = int((features.logits_v[0] + features.logits_a[0]).argmax())
-            heatmap = maps[0].float().numpy()
-        return WindowMap(frame, window, heatmap, cluster)
+                cluster = int(joint_cluster(features.logits_v[0], features.logits_a[0]))
+        return WindowMap(frame, window, maps[0].float(), cluster)
 
 
 class CachedMaps:
@@ -132,8 +132,10 @@ class CachedMaps:
             return None
         frame, cached = sample
         window = random_window(*frame.shape[:2], self.window_fraction, self.flip)
-        heatmap = crop_heatmap(cached.heatmap, window, self.cells)
-        cluster = int((cached.logits_v + cached.logits_a).argmax()) if self.num_clusters else None
+        heatmap = torch.from_numpy(crop_heatmap(cached.heatmap, window, self.cells))
+        cluster = None
+        if self.num_clusters:
+            cluster = int(joint_cluster(cached.logits_v, cached.logits_a))
         return WindowMap(frame, window, heatmap, cluster)
 
     def _checked(self, made: MapSource) -> MapSource:
@@ -160,17 +162,9 @@ def crop_heatmap(heatmap: np.ndarray, window: Window, cells: int) -> np.ndarray:
     Returns:
         Array of shape (cells, cells), float32.
     """
+    height, width = heatmap.shape
     centers = (np.arange(cells) + 0.5) / cells * window.side
-    rows = _weights_at((window.y + centers) / window.height, heatmap.shape[0])
-    columns = _weights_at((window.x + centers) / window.width, heatmap.shape[1])
+    rows = bilinear_weights((window.y + centers) / window.height * height, height)
+    columns = bilinear_weights((window.x + centers) / window.width * width, width)
     cropped = rows @ heatmap @ columns.T
     return np.ascontiguousarray(cropped[:, ::-1]) if window.flip else cropped
-
-
-def _weights_at(places: np.ndarray, num_cells: int) -> np.ndarray:
-    """
-    Bilinear weights (n, num_cells) of cells at places, which are fractions of the frame's side.
-    """
-    centers = (places * num_cells - 0.5).clip(0, num_cells - 1)
-    distance = np.abs(centers[:, None] - np.arange(num_cells))
-    return (1 - distance).clip(min=0).astype(np.float32)

@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 from avdet2.config import add_avdet2_config
 from avdet2.engine import AVTrainer, load_cfg
 from avdet2.modeling.losses import NCELoss, Temperature, clustering_loss
+from avdet2.modeling.self_box import heatmaps_to_boxes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -198,6 +199,24 @@ def test_the_box_covers_the_peak_of_the_heatmap():
     for instances, expected in ((first, [48, 8, 56, 24]), (second, [0, 40, 16, 56])):
         box = instances.pred_boxes.tensor[0]
         torch.testing.assert_close(box, torch.tensor(expected).float(), rtol=0, atol=4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.8), (0.1, 0.9), (0.5, 0.5)])
+def test_the_box_is_that_of_beta_s_middle(low, high):
+    cfg = small_cfg()
+    cfg.MODEL.SELF_BOX.BETA = (low, high)
+    model = build_model(cfg).eval()
+    # A slope: each beta gives another width.
+    heat = torch.linspace(0, 1, 64).expand(1, 64, 64)
+    model.localize = lambda inputs: (heat, model.extract(*model.preprocess(inputs)))
+    (output,) = model(pair_samples([(64, 64)]))
+    box = output["instances"].pred_boxes.tensor[0]
+    # Eq. 5 with 1 for the maximum and 0.5 for the mean: from 0.75 on, that is from column 48 on.
+    assert box.tolist() == [48, 0, 64, 64]
+    for beta, left in ((low, 48 - 32 * (0.5 - low)), (high, 48 + 32 * (high - 0.5))):
+        expected = heatmaps_to_boxes(heat, (64, 64), beta).boxes[0]
+        assert expected[0] == pytest.approx(left, abs=1)
 
 
 def _peaks() -> torch.Tensor:

@@ -1,9 +1,10 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from avdet2.modeling.heads import MLPHead, global_pool
+from avdet2.modeling.heads import MLPHead, global_pool, joint_cluster
 
 
 def _num_parameters(module) -> int:
@@ -84,3 +85,14 @@ def test_dropout_acts_in_training_only():
 def test_global_pool_is_the_mean_over_space():
     x = torch.arange(24.0).view(1, 2, 3, 4)
     assert global_pool(x).tolist() == [[[[5.5]], [[17.5]]]]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_the_joint_cluster_is_that_of_the_sum(kind):
+    # Alone, the first frame would choose 0 and its sound 2; the last row is a tie of 1 and 2.
+    logits_v, logits_a = (
+        kind([[3.0, 2, 0], [0, 1, 5], [0, 2, 1]]),
+        kind([[0.0, 2, 3], [9, 1, 1], [0, 0, 1]]),
+    )
+    assert joint_cluster(logits_v, logits_a).tolist() == [1, 0, 1]
+    assert int(joint_cluster(logits_v[0], logits_a[0])) == 1

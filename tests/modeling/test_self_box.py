@@ -5,7 +5,7 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
-from avdet2.modeling.self_box import heatmaps_to_boxes, threshold
+from avdet2.modeling.self_box import bilinear_weights, heatmaps_to_boxes, self_boxes, threshold
 
 
 def _maps(count: int = 40, size: tuple[int, int] = (14, 14), seed: int = 0) -> np.ndarray:
@@ -253,3 +253,25 @@ def test_kinds_of_input():
 def test_bad_input_raises(shape, size, beta, message):
     with pytest.raises(ValueError, match=message):
         heatmaps_to_boxes(torch.zeros(shape), size, beta)
+
+
+def test_bilinear_weights_interpolate():
+    values, rng = np.array([3.0, -1, 4, 1, 5]), np.random.default_rng(0)
+    places = np.concatenate([[0.0, 0.5, 1, 4.5, 5], 5 * rng.random(50)])
+    # The value of cell i is that of its centre.
+    expected = np.interp(places, np.arange(5) + 0.5, values)
+    np.testing.assert_allclose(bilinear_weights(places, 5) @ values, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_the_boxes_of_one_map(multi):
+    maps = torch.from_numpy(_maps(8))
+    for heatmap in (*maps, torch.zeros(14, 14)):
+        boxes, scores = self_boxes(heatmap, (140, 168), 0.8, multi)
+        found = heatmaps_to_boxes(heatmap[None], (140, 168), 0.8, multi=multi)
+        if multi:
+            assert torch.equal(boxes, found[0][0]) and torch.equal(scores, found[0][1])
+        else:
+            assert len(boxes) == len(scores) == int(found.valid)
+            assert torch.equal(boxes, found.boxes[found.valid])
+            assert torch.equal(scores, found.scores[found.valid])

@@ -30,6 +30,7 @@ from avdet2.evaluation.localization.frames import (
 )
 from avdet2.evaluation.localization.protocols import PROTOCOLS, THRESHOLDS, Protocol, success_curve
 from avdet2.evaluation.naming.cluster_matching import ClusterMatching
+from avdet2.modeling.heads import joint_cluster
 
 __all__ = ["LocalizationEvaluator", "build_localization_evaluator"]
 
@@ -159,7 +160,7 @@ class LocalizationEvaluator(DatasetEvaluator):
             clusters = np.arange(len(maps))
         elif output.get("logits_v") is not None:
             maps = heatmap[None]
-            clusters = np.array([int((output["logits_v"] + output["logits_a"]).argmax())])
+            clusters = np.array([int(joint_cluster(output["logits_v"], output["logits_a"]))])
         elif self._class_of is not None:
             raise ValueError(
                 "the localizer has no clusters, which a protocol with classes needs; take "

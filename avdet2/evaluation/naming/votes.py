@@ -21,6 +21,7 @@ from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.evaluation.naming.cluster_matching import ClusterMatching, match_clusters
 from avdet2.evaluation.naming.label_spaces import LabelSpace, label_space, read_groups
 from avdet2.evaluation.naming.self_labels import cluster_quality
+from avdet2.modeling.heads import joint_cluster
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.self_boxes.inference import predict_clips
 from avdet2.self_boxes.teacher import load_localizer
@@ -51,7 +52,7 @@ class ClusterVotes:
         """
         Eq. 6's label of every clip, of shape (n,).
         """
-        return (self.logits_v + self.logits_a).argmax(dim=1)
+        return joint_cluster(self.logits_v, self.logits_a)
 
     @property
     def scores(self) -> torch.Tensor:

@@ -15,7 +15,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import Boxes, Instances
 
 from avdet2.modeling.avol import AUDIO_ENCODER_REGISTRY
-from avdet2.modeling.heads import MLPHead, global_pool
+from avdet2.modeling.heads import MLPHead, global_pool, joint_cluster
 from avdet2.modeling.losses import clustering_loss, heatmaps
 from avdet2.modeling.meta_arch.common import due_storage, normalize
 from avdet2.modeling.object_dictionary import (
@@ -25,7 +25,7 @@ from avdet2.modeling.object_dictionary import (
     object_vectors,
 )
 from avdet2.modeling.objectives import CorrespondenceLoss, build_objective
-from avdet2.modeling.self_box import heatmaps_to_boxes
+from avdet2.modeling.self_box import self_boxes
 from avdet2.modeling.spectrogram import LogSpectrogram
 from avdet2.structures.batch import Batch, sample_ids_on, stacked_on
 
@@ -307,7 +307,7 @@ class AVLocalizer(nn.Module):
             cluster = 0
             if self.has_clusters:
                 logits_v, logits_a = features.logits_v[i], features.logits_a[i]
-                cluster = int((logits_v + logits_a).argmax())
+                cluster = int(joint_cluster(logits_v, logits_a))
             output = {
                 "heatmap": maps[i],
                 "logits_v": logits_v,
@@ -363,19 +363,3 @@ class AVLocalizer(nn.Module):
         instances.scores = torch.cat([torch.zeros(0), *(x[1] for x in found)])
         instances.pred_classes = torch.cat([torch.zeros(0, dtype=torch.long), *classes])
         return instances
-
-
-def self_boxes(
-    heatmap: torch.Tensor, image_size: tuple[int, int], beta: float, multi: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The self-boxes of one heatmap (h, w), on the CPU.
-
-    Returns:
-        tuple: boxes (n, 4), xyxy in pixels of ``image_size`` (H, W), and scores (n,), with n at
-        most 1 unless ``multi``.
-    """
-    found = heatmaps_to_boxes(heatmap[None].cpu(), image_size, beta, multi=multi)
-    if multi:
-        return found[0]
-    return found.boxes[found.valid], found.scores[found.valid]
