@@ -22,6 +22,9 @@ from avdet2.structures.batch import PairBatch
 CLIPS, BATCH, STEPS, NAME = 18, 6, 3, "trainer_processes_clips"
 # A seed with which one process's second batch is not finite.
 DIVERGE = 13
+# Rounding to bfloat16 depends on the CPU's instructions. At the rate of the other trainings it grows
+# thirtyfold in three steps: the third loss then differs by 7 % between AVX2 and AVX-512.
+SMALL_RATE = ("SOLVER.BASE_LR", 1e-3)
 
 
 def _cfg(folder: str, *opts) -> CfgNode:
@@ -95,8 +98,9 @@ def _train(folder: str, *opts) -> dict:
     torch.manual_seed(comm.get_rank())
     trainer = FixedOrderTrainer(_cfg(folder, *opts))
     trainer.resume_or_load(resume=False)
-    trainer.train()
     model = unwrap(trainer.model)
+    start = _weights(model.state_dict())
+    trainer.train()
     history = {
         key: [value for value, _ in trainer.storage.history(key).values()]
         for key in ("total_loss", "loss_nce", "loss_cluster")
@@ -105,10 +109,19 @@ def _train(folder: str, *opts) -> dict:
     return {
         "history": history,
         "state": {key: value.clone() for key, value in model.state_dict().items()},
+        "update": _weights(model.state_dict()) - start,
         "norms": {type(m).__name__ for m in model.modules() if "BatchNorm" in type(m).__name__},
         "wrapped": type(trainer.model).__name__,
         "files": sorted(path.name for path in Path(folder).iterdir()),
     }
+
+
+def _weights(state: dict) -> torch.Tensor:
+    """
+    All that is trained, as one vector; what batch norms count is not in it.
+    """
+    trained = [x for name, x in state.items() if not name.endswith(("tracked", "_mean", "_var"))]
+    return torch.cat([x.flatten() for x in trained])
 
 
 def _several(folder: str) -> dict:
@@ -116,7 +129,7 @@ def _several(folder: str) -> dict:
     What the tests look at, of one start of the processes.
     """
     result = {"plain": _train(f"{folder}/run")}
-    options = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bf16"]
+    options = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bf16", *SMALL_RATE]
     result["bf16"] = _train(f"{folder}/bf16", *options, "SOLVER.METRIC_PERIOD", 2)
     try:
         FixedOrderTrainer(_cfg(folder, "SOLVER.IMS_PER_BATCH", 7))
@@ -137,9 +150,11 @@ def alone(tmp_path_factory) -> dict:
     for name in ("detectron2", "fvcore", "avdet2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     folder = tmp_path_factory.mktemp("alone")
-    (folder / "run").mkdir()
+    for name in ("run", "small_rate"):
+        (folder / name).mkdir()
     try:
-        return _train(str(folder / "run"))
+        small_rate = _train(str(folder / "small_rate"), *SMALL_RATE)
+        return {**_train(str(folder / "run")), "small_rate": small_rate}
     finally:
         DatasetCatalog.remove(NAME)
         MetadataCatalog.remove(NAME)
@@ -164,10 +179,13 @@ def test_several_processes_train_as_one(alone, tmp_path, processes):
         assert part["diverged"].endswith("NaN at iteration=1!")
         bf16 = part["bf16"]["state"]
         assert all(torch.equal(bf16[key], x) for key, x in parts[0]["bf16"]["state"].items())
-    losses = parts[0]["bf16"]["history"]["total_loss"]
-    full = alone["history"]["total_loss"]
+    bf16, full = parts[0]["bf16"], alone["small_rate"]
+    losses = full["history"]["total_loss"]
     # Two looks: at the second and at the last iteration.
-    assert losses == pytest.approx([sum(full[:2]) / 2, full[2]], rel=0.05)
+    expected = [sum(losses[:2]) / 2, losses[2]]
+    assert bf16["history"]["total_loss"] == pytest.approx(expected, rel=0.02)
+    # Single gradients are rough in bfloat16. The sum over processes would be off by 1 or 2.
+    assert (bf16["update"] - full["update"]).norm() < 0.6 * full["update"].norm()
     assert "model_final.pth" in first["files"]
     assert not list((tmp_path / "diverged").glob("*.pth"))
 
