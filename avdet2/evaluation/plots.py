@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.integrate import trapezoid
 
 from avdet2.evaluation.detection.box_matching import IOUS
 from avdet2.evaluation.detection.metrics import percent, precision_metrics
@@ -359,7 +360,7 @@ def _success(runs: dict[str, dict]) -> "Figure":
             result = run["protocols"].get(protocol)
             if result is not None:
                 rates = 100 * _floats(result["success_rates"])
-                area = np.trapezoid(rates, result["success_thresholds"])
+                area = trapezoid(rates, result["success_thresholds"])
                 label = f"{name}: AUC {area:.1f}" if len(runs) > 1 else f"AUC {area:.1f}"
                 thresholds = 100 * np.array(result["success_thresholds"])
                 panel.plot(thresholds, rates, marker="o", ms=3, label=label, **_look(number))
