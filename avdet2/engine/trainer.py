@@ -36,7 +36,7 @@ from avdet2.engine.hand_over import check_hand_over, holds_localizer, init_backb
 from avdet2.engine.hooks import SelfLabelHook
 from avdet2.engine.optimizer import build_optimizer
 from avdet2.engine.train_step import TrainStep
-from avdet2.evaluation.build import build_evaluator, results_file
+from avdet2.evaluation.build import build_evaluator, names_of_classes, results_file
 from avdet2.modeling.meta_arch import AVLocalizer, SimCLR
 from avdet2.modeling.sync_bn import replace_sync_bn
 from avdet2.self_boxes.inference import ReadableLoader
@@ -215,7 +215,8 @@ class AVTrainer(DefaultTrainer):
             return {}
         broadcast_buffers(model)
         if evaluators is None:
-            evaluators = [build_evaluator(cfg, name, unwrap(model)) for name in cfg.DATASETS.TEST]
+            names = names_of_classes(cfg, unwrap(model))
+            evaluators = [build_evaluator(cfg, name, names) for name in cfg.DATASETS.TEST]
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and cfg.DATASETS.TEST:
             path = results_file(cfg.OUTPUT_DIR)

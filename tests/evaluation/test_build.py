@@ -6,6 +6,7 @@ Tests of which evaluator a config gets: where the names of its classes come from
 import csv
 import json
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -24,10 +25,12 @@ from avdet2.data.prepared.packed import PackSettings
 from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
 from avdet2.engine import load_cfg, use_own_videos
 from avdet2.evaluation import build
-from avdet2.evaluation.build import build_evaluator
+from avdet2.evaluation.baselines import CenterBox
+from avdet2.evaluation.build import build_evaluator, names_of_classes
 from avdet2.evaluation.naming import votes
 from avdet2.evaluation.naming.cluster_matching import ClusterMatching
 from avdet2.evaluation.naming.votes import ClusterVotes, collect_votes
+from avdet2.modeling.meta_arch import AVLocalizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules"
 # As a clip list counts them, and as the test set does.
@@ -83,7 +86,7 @@ def evaluate(cfg, classes) -> dict:
     """
     The results of a detector that finds every box, and calls the objects of the images so.
     """
-    evaluator = build_evaluator(cfg, "build_test", nn.Module())
+    evaluator = build_evaluator(cfg, "build_test", names_of_classes(cfg, nn.Module()))
     # As a loader does.
     DatasetCatalog.get("build_test")
     evaluator.reset()
@@ -171,8 +174,9 @@ def test_no_common_name_leaves_the_class_agnostic_part(cfg, perfect_votes, caplo
     # Metadata cannot be changed.
     MetadataCatalog.remove("build_clips")
     MetadataCatalog.get("build_clips").label_classes = ["dog", "cat", "ant"]
+    cfg.TEST.LOCALIZATION.PROTOCOLS = ("multi",)
     results = evaluate(cfg, BY_CLUSTER)
-    assert "bbox" not in results
+    assert "bbox" not in results and "multi_agnostic_cIoU" in results["localization"]
     assert results["bbox_agnostic"]["AP"] == pytest.approx(100)
     assert ("clusters" in results) == (labels == "self")
     assert "['dog', 'cat', 'ant']" in caplog.text
@@ -186,6 +190,26 @@ def test_nothing_has_a_label(cfg, sets, caplog, train, labels):
     cfg.DATASETS.TRAIN, cfg.MODEL.SELF_BOX.LABELS = train, labels
     assert evaluate(cfg, BY_CLUSTER).keys() == {"bbox_agnostic"}
     assert "no training clip has a label" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "model, mapper, labels, kind",
+    [
+        (AVLocalizer, "AVMapper", "none", "clusters"),
+        (CenterBox, "DatasetMapper", "none", "none"),
+        (nn.Module, "DatasetMapper", "self", "names"),
+        (nn.Module, "SelfBoxMapper", "self", "clusters"),
+        (nn.Module, "SelfBoxMapper", "video", "labels"),
+        (nn.Module, "SelfBoxMapper", "none", "none"),
+    ],
+)
+def test_what_the_classes_of_each_model_are(cfg, model, mapper, labels, kind):
+    cfg.INPUT.MAPPER, cfg.MODEL.SELF_BOX.LABELS = mapper, labels
+    model = MagicMock(spec=model, has_clusters=True)
+    assert names_of_classes(cfg, model).kind == kind
+    if kind == "clusters" and mapper == "AVMapper":
+        model.has_clusters = False
+        assert names_of_classes(cfg, model).kind == "none"
 
 
 @pytest.fixture
@@ -220,7 +244,7 @@ def test_a_saved_matching_with_clips_that_vote(saved, perfect_votes, sets):
 def test_a_saved_matching_that_is_not_there(saved):
     saved.TEST.MATCHING.FILE = ""
     with pytest.raises(ValueError, match="TEST.MATCHING.FILE '' is not a file"):
-        build_evaluator(saved, "build_test", nn.Module())
+        names_of_classes(saved, nn.Module())
 
 
 def test_pictures_lie_beside_the_results(cfg, perfect_votes, tmp_path, caplog, monkeypatch):
@@ -301,7 +325,7 @@ def test_a_labelled_list_of_own_videos_with_a_test_set(own_videos, tmp_path, mon
     monkeypatch.setattr(votes, "collect_votes", collect)
     monkeypatch.setattr(packed, "read_sample", original)
     for _ in range(2):
-        evaluator = build_evaluator(cfg, "built_av_test", nn.Module())
+        evaluator = build_evaluator(cfg, "built_av_test", names_of_classes(cfg, nn.Module()))
     # The second evaluation found the votes beside the localizer.
     assert len(passes) == 1 and len(list(tmp_path.glob("localizer.pth.votes-*"))) == 1
     boxes, quality, _ = evaluator._evaluators

@@ -14,7 +14,7 @@ from avdet2.evaluation import plots
 from avdet2.evaluation.detection.box_matching import evaluate_boxes
 from avdet2.evaluation.detection.coco_boxes import Truth, coco, read_results
 from avdet2.evaluation.detection.metrics import average_precisions
-from avdet2.evaluation.naming.cluster_matching import match_clusters
+from avdet2.evaluation.naming.cluster_matching import ClusterMatching, match_clusters
 from avdet2.evaluation.plots import detection_curves, draw_results, per_class_table, read_run
 from task_eval import random_case
 
@@ -56,7 +56,8 @@ def run_folder(tmp_path, curves):
     folder = tmp_path / "ours" / "inference"
     folder.mkdir(parents=True)
     (folder / "curves.json").write_text(json.dumps(curves))
-    matching = match_clusters([2, 2, 2, 1, 0], [0, 0, 1, 1, 0], 4, 4, class_names=NAMES)
+    labels = np.arange(5), np.array([0, 0, 1, 1, 0])
+    matching = match_clusters(np.array([2, 2, 2, 1, 0]), labels, 4, NAMES)
     matching.to_json(folder / "cluster_matching.json")
     thresholds = np.linspace(0, 1, 21)
     protocol = {
@@ -123,10 +124,8 @@ def test_what_is_drawn(curves, run_folder):
 
 
 def test_votes_for_labels_that_are_no_class_count_in_the_shares():
-    clusters, labels = [0, 0, 0, 0], [0, 1, 1, 1]
-    matching = match_clusters(
-        clusters, labels, 1, 2, method="argmax", groups=[0, -1], class_names=["cello"]
-    )
+    fine = ClusterMatching([1], [[1, 3]], "argmax", ["playing cello", "dog barking"])
+    matching = fine.merged(np.array([0, -1]), ["cello"])
     (axes,) = plots._clusters(matching._content(), "").axes
     assert axes.images[0].get_array().tolist() == [[25]]
     assert not axes.patches

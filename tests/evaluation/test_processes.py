@@ -25,7 +25,7 @@ from detectron2.utils.events import EventStorage
 
 from avdet2.data.media.video import MediaError
 from avdet2.engine import hooks, load_cfg
-from avdet2.evaluation.build import build_evaluator
+from avdet2.evaluation.build import build_evaluator, names_of_classes
 from avdet2.evaluation.localization.evaluator import LocalizationEvaluator
 from avdet2.evaluation.naming import votes
 from avdet2.evaluation.naming.votes import collect_votes
@@ -102,7 +102,8 @@ def _self_labels(cfg, train: str = TRAIN, **keys) -> dict:
 def _evaluations(cfg, localizer: TableLocalizer) -> list[dict]:
     with patch.object(votes, "load_localizer", lambda *args: (localizer, cfg.clone())):
         # All evaluators before the first evaluation, as the trainer does.
-        evaluators = [build_evaluator(cfg, name, nn.Module()) for name in TESTS]
+        names = names_of_classes(cfg, nn.Module())
+        evaluators = [build_evaluator(cfg, name, names) for name in TESTS]
     return [_evaluate(evaluator) for evaluator in evaluators]
 
 
@@ -144,7 +145,7 @@ def _everything(folder: Path) -> dict:
         with ExitStack() as patches:
             patches.enter_context(patch.object(hooks, "AVMapper", _mapper))
             patches.enter_context(patch.object(votes, "AVMapper", _mapper))
-            patches.enter_context(patch.object(votes.os, "replace", slowly))
+            patches.enter_context(patch.object(os, "replace", slowly))
             return {
                 "sinkhorn": _self_labels(cfg),
                 "gaussian": _self_labels(cfg, MARGINALS="gaussian", SIGMA=0.4, ALIGN_HEADS=True),

@@ -159,9 +159,9 @@ def _outputs(results: Sequence[dict], clusters: bool) -> tuple[list[dict], list[
 
 
 def _matching() -> ClusterMatching:
-    return ClusterMatching(
-        np.arange(CLUSTERS) % CLASSES, np.zeros((CLUSTERS, CLASSES), int), "argmax"
-    )
+    names = [f"class {c}" for c in range(CLASSES)]
+    counts = np.zeros((CLUSTERS, CLASSES), int)
+    return ClusterMatching(np.arange(CLUSTERS) % CLASSES, counts, "argmax", names)
 
 
 def evaluate(evaluator: DatasetEvaluator, inputs: list[dict], outputs: list[dict]) -> dict:

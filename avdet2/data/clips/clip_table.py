@@ -165,11 +165,17 @@ def single_labels(clips: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.array([clip.get("label", -1) for clip in clips], np.int64)
 
 
-def all_labels(clips: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def label_pairs(clips: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """
-    All labels of all clips of a table or a list, one after the other, int64.
+    All labels of all clips of a table or a list.
+
+    Returns:
+        tuple: for each label the place of its clip, and the label itself, both int64.
     """
     if isinstance(clips, ClipTable):
-        return clips.label_values.astype(np.int64)
+        places = np.repeat(np.arange(len(clips)), np.diff(clips.label_offsets))
+        return places, clips.label_values.astype(np.int64)
     found = [clip.get("labels", [clip["label"]] if "label" in clip else []) for clip in clips]
-    return np.array([label for labels in found for label in labels], np.int64)
+    pairs = [(i, label) for i, labels in enumerate(found) for label in labels]
+    places, labels = np.array(pairs, np.int64).reshape(-1, 2).T
+    return places, labels

@@ -134,9 +134,8 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
         Args:
             dataset_name: a registered data set with boxes.
             output_dir: where the files go; default: none are written.
-            matching: classes of the clusters. If it has class names, classes are found by name,
-                else by their index in the data set's `thing_classes`. Default: the predicted
-                classes are the data set's.
+            matching: classes of the clusters; the data set's are found by name. Default: the
+                predicted classes are the data set's.
             class_agnostic_only: leave out all that needs classes; the predicted ones may be any.
             distributed: gather the predictions of all processes.
 
@@ -166,13 +165,7 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
         names, matching = self._class_names(), self._matching
         if matching is None:
             return np.arange(len(names))
-        if matching.class_names is not None and matching.class_names != list(names):
-            matching = matching.aligned(names)
-        if matching.num_classes != len(names):
-            raise ValueError(
-                f"The matching has {matching.num_classes} classes without names, the data set "
-                f"{self._metadata.name} has {len(names)}."
-            )
+        matching = matching.aligned(names)
         used = np.unique(matching.mapping[matching.mapping >= 0])
         logger.info(
             "%d of %d clusters stand for %d of the %d classes of %s.",

@@ -15,12 +15,10 @@ from tabulate import tabulate
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from avdet2.evaluation.baselines import BoxBaseline
 from avdet2.evaluation.localization.frames import (
     Prediction,
     load_ground_truth,
@@ -109,7 +107,8 @@ class LocalizationEvaluator(DatasetEvaluator):
         self._image_ids = set(self._truth.image_ids)
         self._class_of = None
         if any(protocol.class_aware for protocol in self._protocols.values()):
-            self._class_of = _class_of_cluster(matching, self._truth.class_names, dataset_name)
+            names = self._truth.class_names
+            self._class_of = matching.aligned(names).mapping if matching else np.arange(len(names))
         self.reset()
 
     def reset(self) -> None:
@@ -307,45 +306,32 @@ def _table(result: dict[str, Any]) -> str:
     return tabulate(cells, headers=["", *names], tablefmt="pipe", floatfmt=".1f")
 
 
-def _class_of_cluster(
-    matching: ClusterMatching | None, class_names: list[str], dataset_name: str
-) -> np.ndarray:
-    """
-    The data set's class of each cluster, -1 for none.
-    """
-    if matching is None:
-        return np.arange(len(class_names))
-    if matching.class_names is not None and matching.class_names != class_names:
-        matching = matching.aligned(class_names)
-    if matching.num_classes != len(class_names):
-        raise ValueError(
-            f"The matching has {matching.num_classes} classes without names, the data set "
-            f"{dataset_name} has {len(class_names)}."
-        )
-    return matching.mapping
-
-
 def build_localization_evaluator(
-    cfg: CfgNode, dataset_name: str, folder: str, matching: ClusterMatching | None = None
+    cfg: CfgNode,
+    dataset_name: str,
+    folder: str,
+    matching: ClusterMatching | None = None,
+    class_agnostic: bool = False,
 ) -> LocalizationEvaluator | None:
     """
     The evaluator of cfg.TEST.LOCALIZATION; None, if it asks for no protocol.
 
-    Where a model's classes have no names (neither a matching nor a stock model), protocols with
-    classes become "multi_agnostic": what the model finds is compared with every class.
+    Where a model's classes have no names, protocols with classes become "multi_agnostic": what the
+    model finds is compared with every class.
 
     Args:
         cfg: of the model that is evaluated.
         dataset_name: a registered test set.
         folder: where `localization_results.json` goes.
-        matching: classes of the model's clusters.
+        matching: classes of the model's clusters. Default: its classes are the test set's.
+        class_agnostic: the model's classes have no names.
 
     Raises:
         ValueError: see :class:`LocalizationEvaluator`.
     """
     node = cfg.TEST.LOCALIZATION
     protocols = list(node.PROTOCOLS)
-    if matching is None and not _names_its_classes(cfg):
+    if class_agnostic:
         aware = {name for name, protocol in PROTOCOLS.items() if protocol.class_aware}
         if aware & set(protocols):
             logger.warning(
@@ -358,11 +344,3 @@ def build_localization_evaluator(
     return LocalizationEvaluator(
         dataset_name, folder, list(dict.fromkeys(protocols)), node.CONFIDENCE, matching
     )
-
-
-def _names_its_classes(cfg: CfgNode) -> bool:
-    """
-    Whether a model without a matching predicts the test set's classes: only stock models do.
-    """
-    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    return cfg.INPUT.MAPPER == "DatasetMapper" and not issubclass(architecture, BoxBaseline)

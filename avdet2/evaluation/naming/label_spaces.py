@@ -13,14 +13,7 @@ import numpy as np
 
 from avdet2.data.datasets import label_maps
 
-__all__ = [
-    "SPACES",
-    "LabelSpace",
-    "covered_labels",
-    "label_space",
-    "read_groups",
-    "representatives",
-]
+__all__ = ["LabelSpace", "covered_labels", "label_space", "read_groups", "representatives"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +26,7 @@ class LabelSpace:
     The labels that vote.
 
     Attributes:
-        name: one of :data:`SPACES`.
+        name: "representative", "mappable" or "all".
         labels: names of the L classes that clusters are matched with: in the representative space
             the test classes, else training labels.
         to_label: for each training label its place in `labels`, -1 if it does not vote.
@@ -49,9 +42,9 @@ class LabelSpace:
 def label_space(
     train_names: Sequence[str],
     class_names: Sequence[str],
-    name: str = "representative",
-    groups: dict[str, str] | None = None,
-    merge: bool = False,
+    name: str,
+    groups: dict[str, str],
+    merge: bool,
 ) -> LabelSpace:
     """
     Choose the labels that vote, and what they stand for.
@@ -60,10 +53,11 @@ def label_space(
         train_names: the labels of the training clips.
         class_names: the test classes.
         name: "representative" (:func:`representatives` only), "mappable" (:func:`covered_labels`)
-            or "all" training labels.
-        groups: of :func:`read_groups`.
-        merge: whether a label that is covered by a test class stands for it ("manual", "mshot"), or
-            only a representative does. A representative always does.
+            or "all" training labels. With `merge`, "mappable" takes the place of "representative",
+            in which there is nothing to merge.
+        groups: {label: test class}, what the test set and the user say of their labels.
+        merge: whether every label that a test class covers stands for it, or only a
+            representative does.
 
     Raises:
         ValueError: an unknown name.
@@ -72,7 +66,7 @@ def label_space(
         raise ValueError(f"TEST.MATCHING.SPACE must be one of {', '.join(SPACES)}, not {name!r}")
     number = {label: i for i, label in enumerate(class_names)}
     representing = representatives(train_names, class_names, groups)
-    if name == "representative":
+    if name == "representative" and not merge:
         to_label = [number.get(representing.get(label), -1) for label in train_names]
         return LabelSpace(name, list(class_names), np.array(to_label), np.arange(len(class_names)))
     covered = covered_labels(train_names, class_names, groups)
@@ -80,15 +74,15 @@ def label_space(
     place = {label: i for i, label in enumerate(labels)}
     stands_for = covered if merge else representing
     return LabelSpace(
-        name,
+        "all" if name == "all" else "mappable",
         labels,
         np.array([place.get(label, -1) for label in train_names]),
-        np.array([number.get(stands_for.get(label), -1) for label in labels]),
+        np.array([number.get(stands_for.get(label), -1) for label in labels], dtype=np.int64),
     )
 
 
 def representatives(
-    train_names: Sequence[str], class_names: Sequence[str], groups: dict[str, str] | None = None
+    train_names: Sequence[str], class_names: Sequence[str], groups: dict[str, str]
 ) -> dict[str, str]:
     """
     The test class of each training label that means the class itself.
@@ -97,8 +91,9 @@ def representatives(
     the class. A class without one of these is represented by the first of its labels in `groups`.
     A label in `groups` stands for the class that is given there and for no other.
     """
-    groups = groups or {}
-    known = label_maps.representative_labels() | label_maps.general_labels() | _audioset_names()
+    rows = label_maps.label_maps()["openimages_mids"]
+    known = label_maps.representative_labels() | label_maps.general_labels()
+    known |= {row["audioset_ontology_name"]: row["name"] for row in rows}
     # A label of a test class's own name is never taken for another one.
     known |= {name: name for name in class_names}
     found = {}
@@ -114,13 +109,13 @@ def representatives(
 
 
 def covered_labels(
-    train_names: Sequence[str], class_names: Sequence[str], groups: dict[str, str] | None = None
+    train_names: Sequence[str], class_names: Sequence[str], groups: dict[str, str]
 ) -> dict[str, str]:
     """
     The test class of each training label that has one: the representatives, the groups of Table A.2
     (39 labels to 15 classes), and `groups`, which has the last word.
     """
-    found = label_maps.manual_groups() | (groups or {})
+    found = label_maps.manual_groups() | groups
     found |= representatives(train_names, class_names, groups)
     return {label: found[label] for label in train_names if found.get(label) in class_names}
 
@@ -158,12 +153,6 @@ def read_groups(
     if unknown:
         logger.warning(f"{where}: no training clips are labelled {_some(unknown)}")
     return groups
-
-
-def _audioset_names() -> dict[str, str]:
-    rows = label_maps.label_maps()["openimages_mids"]
-    found = {row["audioset_ontology_name"]: row["name"] for row in rows}
-    return {label: name for label, name in found.items() if label}
 
 
 def _some(names: Sequence[str]) -> str:

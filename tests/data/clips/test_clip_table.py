@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from avdet2.data.clips import clip_index, clip_list
 from avdet2.data.clips.clip_index import Index, list_key
 from avdet2.data.clips.clip_list import read_clip_columns, read_clip_list
-from avdet2.data.clips.clip_table import ClipTable, all_labels, single_labels
+from avdet2.data.clips.clip_table import ClipTable, label_pairs, single_labels
 from avdet2.data.clips.file_table import MISSING, FileFacts, FileNames, FileTable
 from avdet2.data.clips.scan import read_once, register_av_clips, scan_clips, training_clips
 
@@ -111,9 +111,12 @@ def test_labels(table: ClipTable, dicts: list[dict]) -> None:
     expected = [-1, 2, -1, -1, 1, -1, 0]
     assert table.label.tolist() == single_labels(table).tolist() == expected
     assert single_labels(dicts).tolist() == expected and table.label.dtype == np.int64
-    assert all_labels(table).tolist() == all_labels(dicts).tolist() == sum(LABELS, [])
+    pairs = [[i, label] for i, labels in enumerate(LABELS) for label in labels]
+    for clips in (table, dicts):
+        assert np.stack(label_pairs(clips), axis=1).tolist() == pairs
     assert table[::-2].label.tolist() == expected[::-2]
-    assert len(all_labels([])) == len(all_labels(dicts[:1])) == len(all_labels(table[:1])) == 0
+    for none in ([], dicts[:1], table[:1]):
+        assert [len(part) for part in label_pairs(none)] == [0, 0]
 
 
 def test_tables_as_one(table: ClipTable, dicts: list[dict]) -> None:

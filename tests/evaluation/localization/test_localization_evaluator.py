@@ -68,9 +68,9 @@ def register(tmp_path):
         MetadataCatalog.remove(name)
 
 
-def _matching(mapping, **kwargs):
-    counts = np.zeros((len(mapping), 3), int)
-    return ClusterMatching(np.array(mapping), counts, "hungarian", **kwargs)
+def _matching(mapping, names=NAMES):
+    counts = np.zeros((len(mapping), len(names)), int)
+    return ClusterMatching(np.array(mapping), counts, "hungarian", list(names))
 
 
 def _instances(rows, size=(50, 100)):
@@ -380,17 +380,14 @@ def test_protocols_that_do_not_fit(register):
 def test_matchings_of_other_classes(register):
     data = register({1: [(1, LEFT)]})
     detections = {1: _instances([(0, LEFT, 1.0)])}
-    turned = _matching([2, 0, 1], class_names=["harp", "piano", "flute"])
+    turned = _matching([2, 0, 1], ["harp", "piano", "flute"])
     results = _run(LocalizationEvaluator(data, None, ["multi"], 0.5, turned), detections)
     assert results["multi_cIoU"] == 100
-    foreign = _matching([0], class_names=["bee", "cow", "owl"])
+    foreign = _matching([0], ["bee", "cow", "owl"])
     with pytest.raises(ValueError, match="share no name"):
         LocalizationEvaluator(data, None, ["multi"], 0.5, foreign)
     # Without classes nobody asks.
     LocalizationEvaluator(data, None, ["single"], 0.5, foreign)
-    with pytest.raises(ValueError, match="2 classes without names"):
-        few = ClusterMatching(np.zeros(1, int), np.zeros((1, 2), int), "hungarian")
-        LocalizationEvaluator(data, None, ["multi"], 0.5, few)
 
 
 def test_data_sets_without_ground_truth(register):
@@ -438,27 +435,22 @@ def test_build(register, tmp_path, caplog):
     )
     results = _run(stock, {1: _instances([(0, LEFT, 0.94)])})
     assert results["multi_cIoU"] == 0 and len(_saved(tmp_path)["protocols"]["multi"]["sweep"]) == 19
-    matched = build_localization_evaluator(
-        _cfg(*opts, "INPUT.MAPPER", "SelfBoxMapper"), data, str(tmp_path), _matching([2, 0])
-    )
+    matched = build_localization_evaluator(_cfg(*opts), data, str(tmp_path), _matching([2, 0]))
     assert _run(matched, {1: _instances([(1, LEFT, 1.0)])})["multi_cIoU"] == 100
 
 
-@pytest.mark.parametrize(
-    "opts", [("INPUT.MAPPER", "AVMapper"), ("MODEL.META_ARCHITECTURE", "CenterBox")]
-)
-def test_build_for_classes_without_names(register, tmp_path, caplog, opts):
+def test_build_for_classes_without_names(register, tmp_path, caplog):
     data = register({1: [(1, LEFT), (2, RIGHT)]})
     protocols = ("single", "multi", "multi_mixtures")
-    cfg = _cfg("TEST.LOCALIZATION.PROTOCOLS", protocols, *opts)
-    evaluator = build_localization_evaluator(cfg, data, str(tmp_path))
+    cfg = _cfg("TEST.LOCALIZATION.PROTOCOLS", protocols)
+    evaluator = build_localization_evaluator(cfg, data, str(tmp_path), class_agnostic=True)
     assert "multi_agnostic takes its place" in caplog.text
     results = _run(evaluator, {1: _instances([(0, LEFT, 1.0)])})
     assert results["multi_agnostic_cIoU"] == 50
     assert "multi_cIoU" not in results and "single_cIoU" in results
     with pytest.raises(ValueError, match="Unknown"):
         build_localization_evaluator(
-            _cfg("TEST.LOCALIZATION.PROTOCOLS", ("solo",), *opts), data, str(tmp_path)
+            _cfg("TEST.LOCALIZATION.PROTOCOLS", ("solo",)), data, str(tmp_path)
         )
 
 

@@ -28,22 +28,22 @@ def stands_for(space, train_names):
 
 
 def test_the_paper_s_three_spaces():
-    representing = label_space(INSTRUMENTS, TESTS)
+    representing = label_space(INSTRUMENTS, TESTS, "representative", {}, merge=False)
     assert representing.labels == TESTS and representing.to_class.tolist() == list(range(15))
     assert stands_for(representing, INSTRUMENTS) == label_maps.representative_labels()
 
-    mappable = label_space(INSTRUMENTS, TESTS, "mappable")
+    mappable = label_space(INSTRUMENTS, TESTS, "mappable", {}, merge=False)
     assert sorted(mappable.labels) == sorted(label_maps.mappable_labels())
     classes = {
         label: TESTS[c] for label, c in zip(mappable.labels, mappable.to_class.tolist()) if c >= 0
     }
     assert classes == label_maps.representative_labels()
 
-    merged = label_space(INSTRUMENTS, TESTS, "mappable", merge=True)
+    merged = label_space(INSTRUMENTS, TESTS, "representative", {}, merge=True)
     classes = {label: TESTS[c] for label, c in zip(merged.labels, merged.to_class.tolist())}
     assert classes == label_maps.manual_groups() and len(classes) == 39
 
-    every = label_space(INSTRUMENTS, TESTS, "all")
+    every = label_space(INSTRUMENTS, TESTS, "all", {}, merge=False)
     assert every.labels == INSTRUMENTS and every.to_label.tolist() == list(range(50))
     assert (every.to_class >= 0).sum() == 15
 
@@ -52,22 +52,22 @@ def test_general_classes_of_table_a1():
     general = label_maps.general_labels()
     train = [*INSTRUMENTS, *general, "people coughing"]
     names = list(general.values())
-    found = representatives(train, names)
+    found = representatives(train, names, {})
     assert found == general
     # Helicopter has the name of AudioSet, snowmobiles have none there: both are found.
-    assert label_space(train, names, "all").labels == train
+    assert label_space(train, names, "all", {}, merge=False).labels == train
 
 
 def test_audioset_s_names():
     names = [name for name, _ in label_maps.audioset_instruments()]
-    found = representatives(names, TESTS)
+    found = representatives(names, TESTS, {})
     assert set(found.values()) == set(TESTS)
     assert found["Violin, fiddle"] == "Violin" and found["French horn"] == "Horn"
     assert "Electric guitar" not in found
 
 
 def test_two_data_sets_that_name_a_class_differently_vote_together():
-    found = representatives(["playing flute", "Flute", "playing piano"], TESTS)
+    found = representatives(["playing flute", "Flute", "playing piano"], TESTS, {})
     assert found == {"playing flute": "Flute", "Flute": "Flute", "playing piano": "Piano"}
 
 
@@ -77,7 +77,7 @@ def test_groups_of_a_user():
     # The first of the file represents its class; the owl is a bird because the file says so.
     assert representatives(train, tests, groups) == {"wolf": "dog", "owl": "bird"}
     assert covered_labels(train, tests, groups) == {"fox": "dog", "wolf": "dog", "owl": "bird"}
-    assert representatives(train, tests) == {"owl": "owl"}
+    assert representatives(train, tests, {}) == {"owl": "owl"}
     # A class that has a representative needs none of the file.
     assert representatives(["fox", "dog"], tests, groups) == {"dog": "dog"}
     assert covered_labels(["fox", "dog"], tests, groups) == {"fox": "dog", "dog": "dog"}
@@ -112,4 +112,4 @@ def test_files_that_are_no_groups(tmp_path, content, message):
 
 def test_a_space_that_there_is_not():
     with pytest.raises(ValueError, match="representative, mappable, all, not 'some'"):
-        label_space(["a"], ["a"], "some")
+        label_space(["a"], ["a"], "some", {}, merge=False)

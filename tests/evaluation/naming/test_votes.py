@@ -14,7 +14,8 @@ from detectron2.modeling import build_model
 from avdet2.data.clips.clip_table import ClipTable, FileNames
 from avdet2.engine import load_cfg
 from avdet2.evaluation.naming import votes as votes_module
-from avdet2.evaluation.naming.votes import ClusterVotes, frozen_votes, match_votes, vote_quality
+from avdet2.evaluation.naming.cluster_names import ClusterNames
+from avdet2.evaluation.naming.votes import ClusterVotes, frozen_votes
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.modeling.object_dictionary import save_dictionary
 
@@ -37,6 +38,23 @@ def make_votes(clusters, num_clusters=3, seed=0):
     return ClusterVotes(torch.arange(len(clusters)), *logits)
 
 
+def named(cfg, votes, clips, train_names):
+    """
+    The names of clusters for which clips voted so.
+    """
+    names = ClusterNames(cfg, "clusters", lambda _: votes)
+    names.training = clips, train_names
+    return names
+
+
+def match_votes(cfg, votes, clips, train_names, class_names, groups=None):
+    return named(cfg, votes, clips, train_names).match(class_names, groups or {})
+
+
+def vote_quality(cfg, votes, clips, train_names):
+    return named(cfg, votes, clips, train_names).quality
+
+
 def clips_of(labels):
     return [{"label": x} if x is not None else {} for x in labels]
 
@@ -57,7 +75,7 @@ def test_classes_are_matched_by_name(cfg):
     matching = match_votes(cfg, votes, clips, TRAIN_CLASSES, names)
     assert list(matching.mapping) == [0, 2, 3]
     assert matching.class_names == names
-    assert vote_quality(votes, clips, TRAIN_CLASSES)["NMI"] == pytest.approx(1.0)
+    assert vote_quality(cfg, votes, clips, TRAIN_CLASSES)["NMI"] == pytest.approx(1.0)
 
 
 def test_clips_without_a_label_or_of_other_classes_do_not_vote(cfg):
@@ -68,7 +86,7 @@ def test_clips_without_a_label_or_of_other_classes_do_not_vote(cfg):
     assert list(matching.mapping) == [0, 1, -1]
     assert matching.counts.sum() == 3
     # All six labelled clips count for the quality: 3 dogs and 2 horns match.
-    quality = vote_quality(votes, clips, TRAIN_CLASSES)
+    quality = vote_quality(cfg, votes, clips, TRAIN_CLASSES)
     assert quality["hungarian_accuracy"] == pytest.approx(5 / 6)
 
 
@@ -76,7 +94,7 @@ def test_no_common_class_gives_no_names(cfg, caplog):
     clips = clips_of([0, 1])
     assert match_votes(cfg, make_votes([0, 1]), clips, TRAIN_CLASSES, ["tuba"]) is None
     assert "label of the test classes ['tuba'], but of ['cat', 'dog', 'horn']" in caplog.text
-    assert vote_quality(make_votes([0, 1]), clips_of([None, None]), TRAIN_CLASSES) == {}
+    assert vote_quality(cfg, make_votes([0, 1]), clips_of([None, None]), TRAIN_CLASSES) == {}
 
 
 def test_a_method_that_there_is_not(cfg):
@@ -190,9 +208,9 @@ def test_every_label_of_a_clip_votes(cfg):
     assert matching.counts.tolist() == [[1, 0, 2], [0, 2, 0], [0, 0, 0]]
     assert matching.mapping.tolist() == [2, 1, -1]
     # Quality is over the clips with one label: the second and the fourth.
-    quality = vote_quality(votes, clips, TRAIN_CLASSES)
+    quality = vote_quality(cfg, votes, clips, TRAIN_CLASSES)
     assert quality["hungarian_accuracy"] == 1 and quality["clusters_used"] == 2
-    assert vote_quality(votes, [{"labels": [0, 1]}] * 5, TRAIN_CLASSES) == {}
+    assert vote_quality(cfg, votes, [{"labels": [0, 1]}] * 5, TRAIN_CLASSES) == {}
 
 
 def _table(labels: list[list[int]]) -> ClipTable:
@@ -220,8 +238,8 @@ def test_clips_of_a_table_vote_as_those_of_a_list(cfg, tmp_path):
         for clips in (table, list(table))
     )
     assert found.counts.tolist() == expected.counts.tolist() == [[1, 0, 2], [1, 1, 0], [1, 0, 0]]
-    quality = vote_quality(votes, table, TRAIN_CLASSES)
-    assert quality == vote_quality(votes, list(table), TRAIN_CLASSES)
+    quality = vote_quality(cfg, votes, table, TRAIN_CLASSES)
+    assert quality == vote_quality(cfg, votes, list(table), TRAIN_CLASSES)
     # Of four clips with one label, 2 in cluster 0, 1 or 0 in cluster 1, and 0 in cluster 2.
     assert quality["hungarian_accuracy"] == 3 / 4
     weights = tmp_path / "model.pth"
@@ -322,8 +340,8 @@ def test_votes_that_cannot_be_kept_are_still_votes(frozen, tmp_path, caplog):
     frozen_votes(cfg, CLIPS)
     (cache,) = tmp_path.glob("*.votes-*")
     cache.unlink()
-    # Where the file should go is a folder, which nobody can write as a file.
-    (tmp_path / f"{cache.name}.part").mkdir()
+    # A folder, whose place no file can take.
+    cache.mkdir()
     assert frozen_votes(cfg, CLIPS).clusters.tolist() == [0, 1, 2]
     assert calls == [3, 3] and "not kept for the next evaluation" in caplog.text
 
