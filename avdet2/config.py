@@ -270,12 +270,15 @@ def _add_distributed(cfg: CN) -> None:
 
 
 def _add_pipeline(cfg: CN) -> None:
-    # Stages of tools/run_pipeline.py in order, each with a config file (relative to the
-    # pipeline's own). A stage's weights and localizer come from the stages before it.
+    # Stages of tools/run_pipeline.py in order: mappings with NAME, CONFIG (a file, relative to the
+    # pipeline's own) and maybe OPTIONS (KEY: VALUE). A stage's weights and localizer come from the
+    # stages before it.
     cfg.PIPELINE = CN()
     cfg.PIPELINE.STAGES = ()
+    # In older configs: the files of the stages, in their order, where STAGES has their names.
     cfg.PIPELINE.CONFIGS = ()
-    # [KEY, VALUE] pairs, KEY as STAGE:KEY for one stage; those of the command line come after them.
+    # [KEY, VALUE] pairs for all stages, or, with STAGE:KEY, for one; those of the command line come
+    # after them.
     cfg.PIPELINE.OPTIONS = ()
     # Run only these stages and those that they need. Empty: all.
     cfg.PIPELINE.ONLY = ()

@@ -14,6 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from avdet2.config_file import flat_items, load_cfg
 from avdet2.engine.defaults import use_own_videos
+from avdet2.engine.stage_list import listed_stages
 from avdet2.evaluation.baselines import BoxBaseline
 from avdet2.evaluation.build import results_file
 
@@ -302,28 +303,24 @@ def make_stages(config_file: str, opts: list[str]) -> list[Stage]:
     The stages that a pipeline's config names, each linked to those before it.
 
     Args:
-        config_file: of the pipeline; its PIPELINE.CONFIGS are relative to it.
-        opts: KEY VALUE and STAGE:KEY VALUE; the config's PIPELINE.OPTIONS come before them.
+        config_file: of the pipeline; the configs that it names are relative to it.
+        opts: KEY VALUE and STAGE:KEY VALUE; the config's own options come before them.
 
     Raises:
         ValueError: it is no pipeline, or the options do not fit together.
     """
     cfg = load_cfg(config_file, split_opts(opts)[0])
+    listed = listed_stages(cfg.PIPELINE)
     own_opts = [str(word) for pair in cfg.PIPELINE.OPTIONS for word in pair]
     shared, special = split_opts([*own_opts, *opts])
-    names, configs = cfg.PIPELINE.STAGES, cfg.PIPELINE.CONFIGS
-    if not names or len(names) != len(configs):
-        raise ValueError(
-            f"{config_file or 'the config'} is no pipeline: it has {len(names)} "
-            f"PIPELINE.STAGES and {len(configs)} PIPELINE.CONFIGS"
-        )
+    names = [stage.name for stage in listed]
     unknown = set(special) - set(names)
     if unknown:
         raise ValueError(f"there is no stage {sorted(unknown)}, only {', '.join(names)}")
     stages: list[Stage] = []
-    for name, config in zip(names, configs):
+    for name, config, own in listed:
         path = os.path.join(os.path.dirname(config_file), config)
-        own = special.get(name, [])
+        own = [*own, *special.get(name, [])]
         stages.append(Stage(name, path, shared, own, cfg.OUTPUT_DIR, stages))
     return stages
 
