@@ -17,7 +17,6 @@ What is not there is listed in missing.csv. Run it again when clips were added.
 """
 
 import argparse
-import logging
 import os
 
 from avdet2.data.datasets.audioset import (
@@ -27,15 +26,14 @@ from avdet2.data.datasets.audioset import (
     read_audioset_csv,
 )
 from avdet2.data.datasets.label_maps import audioset_instruments
-from avdet2.data.datasets.prepare import add_output, run_script, script_parser, summary
-from avdet2.data.datasets.segments import manifest_lines, prepare_segments
+from avdet2.data.datasets.prepare import add_output, run_script, script_parser
+from avdet2.data.datasets.segments import overview, prepare_segments
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> list[str]:
     """
-    Read, find, write, and say what is there.
+    Read, find, write; returns what is there, in words.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     mids = read_audioset_classes(args.labels) if args.labels else None
     names = {mid: name for name, mid in audioset_instruments()}
     segments = read_audioset_csv(args.segments, names, mids)
@@ -47,10 +45,8 @@ def prepare(args: argparse.Namespace) -> None:
     manifest, missing = prepare_segments(
         args.output, videos, audioset_lists(kept), sources, **notes
     )
-    print("\n".join(manifest_lines(manifest)))
-    print(summary("segments", manifest["segments"] - len(missing), missing))
-    print(f"{notes['excluded_segments']} segments of test videos left out")
-    print(f"written to {args.output}")
+    left_out = f"{notes['excluded_segments']} segments of test videos left out"
+    return [*overview(manifest, missing), left_out, f"written to {args.output}"]
 
 
 def main() -> None:

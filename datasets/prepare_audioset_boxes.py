@@ -21,23 +21,19 @@ from avdet2.data.datasets.audioset_boxes import (
     read_audioset_boxes,
     read_segments,
 )
-from avdet2.data.datasets.frames import clip_files, extract_frames
-from avdet2.data.datasets.ground_truth import write_ground_truths
+from avdet2.data.datasets.frames import write_test_sets
 from avdet2.data.datasets.prepare import add_clips, add_output, run_script, script_parser
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> list[str]:
     """
-    Read, extract, write, and say what is there.
+    Read, extract, write; returns what is there, in words.
     """
     boxes = args.boxes or os.path.join(args.output, "audioset_box.json")
     segments = read_segments(args.segments)
     truth = read_audioset_boxes(boxes, segments)
-    media = clip_files(args.videos or os.path.join(args.output, "videos"))
-    sounds, missing = extract_frames(truth.pictures, args.output, media, args.workers)
     sets = {f"audioset_instruments_{part}test": part_of(truth, segments, part) for part in PARTS}
-    sources = [boxes, args.segments]
-    print(*write_ground_truths(args.output, sets, sources, missing, sounds), sep="\n")
+    return write_test_sets(args, sets, [boxes, args.segments])
 
 
 def main() -> None:

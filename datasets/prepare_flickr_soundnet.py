@@ -14,27 +14,19 @@ import argparse
 import os
 
 from avdet2.data.datasets.flickr import read_flickr, read_ids
-from avdet2.data.datasets.frames import clip_files, extract_frames, sound_files
-from avdet2.data.datasets.ground_truth import write_ground_truth
+from avdet2.data.datasets.frames import write_test_sets
 from avdet2.data.datasets.prepare import add_clips, add_output, run_script, script_parser
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> list[str]:
     """
-    Read, extract, write, and say what is there.
+    Read, extract, write; returns what is there, in words.
     """
     ids = args.ids or os.path.join(args.output, "flickr_test.csv")
     truth, missing = read_flickr(
         read_ids(ids), args.boxes or os.path.join(args.output, "Annotations")
     )
-    sound = sound_files(os.path.join(args.output, "audio"))
-    media = {(name, 0): path for name, path in sound.items()}
-    media |= clip_files(args.videos or os.path.join(args.output, "videos"))
-    sounds, no_frame = extract_frames(truth.pictures, args.output, media, args.workers)
-    lines = write_ground_truth(
-        args.output, "flickr_soundnet_test", truth, [ids], no_frame | missing, sounds
-    )
-    print(*lines, sep="\n")
+    return write_test_sets(args, {"flickr_soundnet_test": truth}, [ids], missing)
 
 
 def main() -> None:

@@ -12,27 +12,21 @@ again, it makes what is missing.
 """
 
 import argparse
-import os
 
-from avdet2.data.datasets.frames import clip_files, extract_frames
-from avdet2.data.datasets.ground_truth import write_ground_truths
+from avdet2.data.datasets.frames import write_test_sets
 from avdet2.data.datasets.music import PARTS, read_music
 from avdet2.data.datasets.prepare import add_clips, add_output, run_script, script_parser
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> list[str]:
     """
-    Read, extract, write, and say what is there.
+    Read, extract, write; returns what is there, in words.
     """
     files = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
     if not files:
         raise ValueError("give --solo, --duet or both")
     sets = {f"music_{part}_test": read_music(path) for part, path in files.items()}
-    media = clip_files(args.videos or os.path.join(args.output, "videos"))
-    pictures = [picture for truth in sets.values() for picture in truth.pictures]
-    sounds, missing = extract_frames(pictures, args.output, media, args.workers)
-    lines = write_ground_truths(args.output, sets, files.values(), missing, sounds)
-    print(*lines, sep="\n")
+    return write_test_sets(args, sets, list(files.values()))
 
 
 def main() -> None:

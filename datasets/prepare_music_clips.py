@@ -11,7 +11,6 @@ missing.csv. The frames with boxes are prepare_music.py's.
 """
 
 import argparse
-import logging
 import os
 
 from avdet2.data.datasets.music_clips import (
@@ -19,15 +18,14 @@ from avdet2.data.datasets.music_clips import (
     prepare_music_clips,
     read_music_videos,
 )
-from avdet2.data.datasets.prepare import add_output, run_script, script_parser, summary
-from avdet2.data.datasets.segments import manifest_lines
+from avdet2.data.datasets.prepare import add_output, run_script, script_parser
+from avdet2.data.datasets.segments import overview
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> list[str]:
     """
-    Read, cut, write, and say what is there.
+    Read, cut, write; returns what is there, in words.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     files = {"solo": args.solo, "duet": args.duet}
     parts = {part: read_music_videos(path) for part, path in files.items() if path}
     if not parts:
@@ -40,9 +38,7 @@ def prepare(args: argparse.Namespace) -> None:
         args.clip_seconds,
         set().union(*map(music_test_videos, args.exclude)),
     )
-    print("\n".join(manifest_lines(manifest)))
-    print(summary("videos", manifest["segments"] - len(missing), missing))
-    print(f"written to {args.output}")
+    return [*overview(manifest, missing, "videos"), f"written to {args.output}"]
 
 
 def main() -> None:

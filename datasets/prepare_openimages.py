@@ -43,13 +43,13 @@ def lines_of(path: str) -> Iterator[str]:
                 bar.update(stream.buffer.tell() - bar.n)
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> Iterator[str]:
     """
-    Read, write, and say what is there.
+    Read, write, and tell what is there.
     """
     if args.descriptions:
         for ours, theirs in check_descriptions(args.descriptions).items():
-            print(f"{ours} is called {theirs} by OpenImages")
+            yield f"{ours} is called {theirs} by OpenImages"
     truth = read_boxes(lines_of(args.boxes), args.boxes, args.split)
     sets = {
         set_name(group, args.split): relabel(truth, {name: name for name in classes}, classes)
@@ -60,8 +60,8 @@ def prepare(args: argparse.Namespace) -> None:
         path = os.path.join(args.output, f"{name}_images.txt")
         with open(path, "w", encoding="utf-8") as stream:
             stream.writelines(f"{args.split}/{picture.name}\n" for picture in part.pictures)
-        print(f"{path}: {len(part.pictures)} images to have")
-    print(*write_ground_truths(args.output, sets, [args.boxes]), sep="\n")
+        yield f"{path}: {len(part.pictures)} images to have"
+    yield from write_ground_truths(args.output, sets, [args.boxes])
 
 
 def main() -> None:

@@ -10,11 +10,10 @@ What is not there is listed in missing.csv. Run it again when clips were added.
 """
 
 import argparse
-import logging
 import os
 
-from avdet2.data.datasets.prepare import add_output, run_script, script_parser, summary
-from avdet2.data.datasets.segments import manifest_lines, prepare_segments
+from avdet2.data.datasets.prepare import add_output, run_script, script_parser
+from avdet2.data.datasets.segments import overview, prepare_segments
 from avdet2.data.datasets.vggsound import (
     read_vggsound_classes,
     read_vggsound_csv,
@@ -22,19 +21,16 @@ from avdet2.data.datasets.vggsound import (
 )
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> list[str]:
     """
-    Read, find, write, and say what is there.
+    Read, find, write; returns what is there, in words.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     classes = read_vggsound_classes(args.stat) if args.stat else None
     lists = vggsound_lists(read_vggsound_csv(args.csv, classes), classes)
     videos = args.videos or os.path.join(args.output, "videos")
     sources = [args.csv, args.stat] if args.stat else [args.csv]
     manifest, missing = prepare_segments(args.output, videos, lists, sources)
-    print("\n".join(manifest_lines(manifest)))
-    print(summary("segments", manifest["segments"] - len(missing), missing))
-    print(f"written to {args.output}")
+    return [*overview(manifest, missing), f"written to {args.output}"]
 
 
 def main() -> None:

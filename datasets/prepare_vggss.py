@@ -15,34 +15,23 @@ annotations/*_missing.csv. Run again, it makes what is missing.
 import argparse
 import os
 
-from avdet2.data.datasets.frames import clip_files, extract_frames, sound_files
-from avdet2.data.datasets.ground_truth import write_ground_truths
-from avdet2.data.datasets.prepare import (
-    add_clips,
-    add_output,
-    parse_clip_name,
-    run_script,
-    script_parser,
-)
+from avdet2.data.datasets.frames import write_test_sets
+from avdet2.data.datasets.prepare import add_clips, add_output, run_script, script_parser
 from avdet2.data.datasets.vggss import read_vggss, vggsound_boxes
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> list[str]:
     """
-    Read, extract, write, and say what is there.
+    Read, extract, write; returns what is there, in words.
     """
     boxes = args.boxes or os.path.join(args.output, "vggss.json")
     truth = read_vggss(boxes)
-    sound = sound_files(os.path.join(args.output, "audio"))
-    media = {parse_clip_name(name): path for name, path in sound.items()}
-    media |= clip_files(args.videos or os.path.join(args.output, "videos"))
-    sounds, missing = extract_frames(truth.pictures, args.output, media, args.workers)
     sets = {
         "vggss_test": truth,
         "vggsound_test_boxes": vggsound_boxes(truth),
         "vggsound_test_boxes_representative": vggsound_boxes(truth, representative=True),
     }
-    print(*write_ground_truths(args.output, sets, [boxes], missing, sounds), sep="\n")
+    return write_test_sets(args, sets, [boxes])
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 Frames of videos as the pictures of a test set, and where the sound to each one is.
 """
 
+import argparse
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from avdet2.data.datasets.ground_truth import Picture
+from avdet2.data.clips.scan import VIDEO_EXTENSIONS
+from avdet2.data.datasets.ground_truth import GroundTruth, Picture, write_ground_truths
 from avdet2.data.datasets.prepare import clip_file, find_clips
 from avdet2.data.media.video import MediaError, MediaFile, VideoInfo, read_frame
 from avdet2.utils.files import write_whole
@@ -26,29 +28,47 @@ NO_SEGMENT = "its video is in no list of segments"
 MAX_AFTER_END = 0.25
 
 
-def clip_files(folder: str) -> dict[tuple[str, int], str]:
+def media_files(videos: str, sound: str) -> dict[tuple[str, int], str]:
     """
-    The videos in a folder, by (id, start in ms), with their paths; a video without a start in its
-    name, such as `<id>.mp4`, starts at 0. Nothing where there is no such folder.
+    The media of clips, by (id, start in ms): videos, and sound where there is no video. A file
+    without a start in its name, such as `<id>.mp4`, starts at 0.
+
+    Args:
+        videos, sound: folders; one that does not exist holds nothing.
     """
-    if not os.path.isdir(folder):
-        return {}
-    found = find_clips(folder)
-    plain = {(os.path.splitext(os.path.basename(path))[0], 0): path for path in found.others}
-    return {clip: os.path.join(folder, path) for clip, path in (plain | found.files).items()}
+    media = {}
+    for folder, endings in ((sound, SOUND_EXTENSIONS), (videos, VIDEO_EXTENSIONS)):
+        if os.path.isdir(folder):
+            found = find_clips(folder, endings)
+            plain = {(os.path.splitext(os.path.basename(x))[0], 0): x for x in found.others}
+            files = plain | found.files
+            media |= {clip: os.path.join(folder, path) for clip, path in files.items()}
+    return media
 
 
-def sound_files(folder: str) -> dict[str, str]:
+def write_test_sets(
+    args: argparse.Namespace,
+    sets: Mapping[str, GroundTruth],
+    sources: Sequence[str],
+    missing: Mapping[str, str] | None = None,
+) -> list[str]:
     """
-    The sound files in a folder, by their names without the ending.
+    Take the frames of test sets out of their clips and write the boxes.
+
+    Args:
+        args: of the command line: `output`, `videos` and `workers`, see :func:`add_clips`. Sound to
+            frames that are there already may be in the folder `audio` of the output.
+        sets, sources, missing: of :func:`write_ground_truths`.
+
+    Returns:
+        Lines that tell the user what was written and what is missing.
     """
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    parts = [os.path.splitext(name) for name in names]
-    return {
-        stem: os.path.join(folder, stem + end)
-        for stem, end in parts
-        if end.lower() in SOUND_EXTENSIONS
-    }
+    videos = args.videos or os.path.join(args.output, "videos")
+    media = media_files(videos, os.path.join(args.output, "audio"))
+    # A picture may be in several sets.
+    pictures = {picture.name: picture for truth in sets.values() for picture in truth.pictures}
+    sounds, no_frame = extract_frames(list(pictures.values()), args.output, media, args.workers)
+    return write_ground_truths(args.output, sets, sources, no_frame | (missing or {}), sounds)
 
 
 def extract_frames(

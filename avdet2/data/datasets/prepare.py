@@ -14,11 +14,12 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from avdet2.data.clips.scan import VIDEO_EXTENSIONS
@@ -72,19 +73,20 @@ def add_clips(parser: argparse.ArgumentParser) -> None:
 
 
 def run_script(
-    prepare: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser
+    prepare: Callable[[argparse.Namespace], Iterable[str]], parser: argparse.ArgumentParser
 ) -> None:
     """
     Prepare a data set as the command line says.
 
     Args:
-        prepare: takes the command line's options. Its OSError or ValueError is an error of the
-            user's: one line and the exit code 1.
+        prepare: takes the command line's options and returns the lines to print. Its OSError or
+            ValueError is an error of the user's: one line and the exit code 1.
         parser: of the command line.
     """
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        prepare(args)
+        sys.stdout.writelines(f"{line}\n" for line in prepare(args))
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
 
@@ -148,10 +150,14 @@ def parse_clip_name(stem: str) -> tuple[str, int] | None:
     return name, int(seconds) * 1000 if seconds else int(milliseconds)
 
 
-def find_clips(folder: str) -> ClipFiles:
+def find_clips(folder: str, endings: Collection[str] = VIDEO_EXTENSIONS) -> ClipFiles:
     """
     Find the clips of YouTube videos in a folder and the folders in it, in one pass. Of a clip that
     is there twice, the first in sorted order is taken.
+
+    Args:
+        folder: of the clips.
+        endings: of their files.
 
     Raises:
         ValueError: no such folder.
@@ -165,7 +171,7 @@ def find_clips(folder: str) -> ClipFiles:
         inside = os.path.relpath(place, folder)
         for name in sorted(names):
             stem, extension = os.path.splitext(name)
-            if extension.lower() in VIDEO_EXTENSIONS:
+            if extension.lower() in endings:
                 path = name if inside == "." else os.path.join(inside, name)
                 clip = parse_clip_name(stem)
                 if clip is None:

@@ -28,6 +28,7 @@ from avdet2.data.datasets.prepare import (
     counts,
     find_clips,
     sha256_of_rows,
+    summary,
     write_clip_list,
     write_manifest,
     write_missing,
@@ -259,9 +260,16 @@ def _nothing_found(videos: str, clips: ClipFiles, segments: Sequence[Segment]) -
     )
 
 
-def manifest_lines(manifest: Mapping[str, Any]) -> list[str]:
+def overview(
+    manifest: Mapping[str, Any], missing: Mapping[str, str], what: str = "segments"
+) -> list[str]:
     """
-    What was prepared, a line for each list: clips, classes, hash; for people.
+    What was prepared, for people: a line for each list with clips, classes and hash, and one for
+    what is missing.
+
+    Args:
+        manifest, missing: of :func:`prepare_segments`.
+        what: the segments are called.
     """
     lines = []
     for entry in manifest["lists"].values():
@@ -273,7 +281,7 @@ def manifest_lines(manifest: Mapping[str, Any]) -> list[str]:
         if empty:
             more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
             lines.append(f"  {len(empty)} classes without a clip: {'; '.join(empty[:5])}{more}")
-    return lines
+    return [*lines, summary(what, manifest["segments"] - len(missing), missing)]
 
 
 def load_segments(root: str, name: str, command: str, dataset: str) -> ClipTable:

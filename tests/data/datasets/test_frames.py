@@ -8,7 +8,7 @@ import pytest
 from media_files import time_of_frame, write_video
 
 from avdet2.data.datasets import frames
-from avdet2.data.datasets.frames import clip_files, extract_frames, sound_files
+from avdet2.data.datasets.frames import extract_frames, media_files
 from avdet2.data.datasets.ground_truth import Picture
 
 _VIDEO = "-_abcdefgh1"
@@ -29,24 +29,29 @@ def _picture(time, clip=(_VIDEO, 30000)):
 
 
 def test_files_are_found_by_id_and_start(videos, tmp_path):
-    assert clip_files(str(videos)) == {
+    absent = str(tmp_path / "absent")
+    expected = {
         (_VIDEO, 30000): str(videos / f"{_VIDEO}_000030.mp4"),
         ("mutemutemut", 0): str(videos / "mute_class" / "mutemutemut_0_3000.mp4"),
         ("12345", 0): str(videos / "12345.mp4"),
     }
-    assert clip_files(str(tmp_path / "absent")) == {} == sound_files(str(tmp_path / "absent"))
-    for name in ("a.b.wav", "c.MP3", "d.txt"):
+    assert media_files(str(videos), absent) == expected
+    assert media_files(absent, absent) == {}
+    # Videos go before the sound of the same clip.
+    for name in ("a.b.wav", "c.MP3", "d.txt", f"{_VIDEO}_000030.wav", f"{_VIDEO}_000007.flac"):
         (tmp_path / name).touch()
-    assert sound_files(str(tmp_path)) == {
-        "a.b": str(tmp_path / "a.b.wav"),
-        "c": str(tmp_path / "c.MP3"),
+    sound = {
+        ("a.b", 0): str(tmp_path / "a.b.wav"),
+        ("c", 0): str(tmp_path / "c.MP3"),
+        (_VIDEO, 7000): str(tmp_path / f"{_VIDEO}_000007.flac"),
     }
+    assert media_files(str(videos), str(tmp_path)) == {**sound, **expected}
 
 
 def test_frames_are_those_of_their_times(videos, tmp_path):
     # In no order, and one beyond the end, which must not spoil the others.
     pictures = [_picture(time) for time in (2.5, 0.5, 9.5, None)]
-    sounds, missing = extract_frames(pictures, str(tmp_path), clip_files(str(videos)))
+    sounds, missing = extract_frames(pictures, str(tmp_path), media_files(str(videos), ""))
     for picture, expected in zip(pictures, (2.5, 0.5, None, 1.5)):
         path = tmp_path / picture.file_name
         if expected is None:
@@ -61,21 +66,23 @@ def test_frames_are_those_of_their_times(videos, tmp_path):
 
 def test_what_is_there_is_not_made_again(videos, tmp_path, monkeypatch):
     picture = _picture(1.0)
-    first = extract_frames([picture], str(tmp_path), clip_files(str(videos)))
+    first = extract_frames([picture], str(tmp_path), media_files(str(videos), ""))
     monkeypatch.setattr(frames, "_save", None)
-    assert extract_frames([picture], str(tmp_path), clip_files(str(videos))) == first
+    assert extract_frames([picture], str(tmp_path), media_files(str(videos), "")) == first
 
 
 def test_a_start_with_a_fraction_is_cut_off_in_a_name(videos, tmp_path):
     picture = _picture(1.0, (_VIDEO, 30500))
-    sounds, missing = extract_frames([picture], str(tmp_path), clip_files(str(videos)))
+    sounds, missing = extract_frames([picture], str(tmp_path), media_files(str(videos), ""))
     assert sounds == {picture.name: (str(videos / f"{_VIDEO}_000030.mp4"), 1.0)} and not missing
 
 
 def test_reasons_of_missing_frames(videos, tmp_path):
     clips = [("absentabsen", 0), None, ("mutemutemut", 0), ("12345", 0)]
     pictures = [_picture(0.5, clip) for clip in clips]
-    sounds, missing = extract_frames(pictures, str(tmp_path), clip_files(str(videos)), workers=2)
+    sounds, missing = extract_frames(
+        pictures, str(tmp_path), media_files(str(videos), ""), workers=2
+    )
     assert not sounds
     assert [missing[picture.name] for picture in pictures] == [
         frames.NO_VIDEO,
@@ -93,7 +100,7 @@ def test_own_frames_with_and_without_sound(tmp_path):
     (tmp_path / "frames").mkdir()
     for name in "12":
         (tmp_path / "frames" / f"{name}_None.jpg").touch()
-    media = {(name, 0): path for name, path in sound_files(str(tmp_path / "audio")).items()}
+    media = media_files("", str(tmp_path / "audio"))
     sounds, missing = extract_frames(pictures, str(tmp_path), media)
     ((path, seconds),) = sounds.values()
     assert path == str(tmp_path / "audio" / "1.wav") and abs(seconds - 1.0) < 0.01

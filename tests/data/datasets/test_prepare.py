@@ -41,7 +41,7 @@ from avdet2.data.datasets.segments import (
     OTHER_SEGMENT,
     ClipListSpec,
     Segment,
-    manifest_lines,
+    overview,
     prepare_segments,
 )
 from avdet2.utils.files import sha256_of_file
@@ -218,10 +218,11 @@ def test_segments_to_lists(prepared: tuple[Path, dict, dict], tmp_path: Path) ->
     assert manifest["sources"] == {"source.csv": hashlib.sha256(b"x").hexdigest()}
     assert manifest["videos"] == "videos" and manifest["note"] == 5
     assert manifest["segments"] == 5 and manifest["other_videos"] == 1
-    lines = manifest_lines(manifest)
+    lines = overview(manifest, missing, "parts")
     assert lines[0].startswith("lists/all.csv: 3 clips, 3 of 5 segments, 4 classes, sha256 ")
     assert lines[1] == "  1 classes without a clip: bee"
     assert lines[2].startswith("lists/owls.csv: 1 clips, 1 of 2 segments")
+    assert lines[-1].startswith("parts: 3 found, 2 missing: 1 x ")
 
 
 def test_hash_is_that_of_the_clips(prepared: tuple[Path, dict, dict], tmp_path: Path) -> None:
@@ -301,12 +302,18 @@ def test_the_command_line_of_a_script(monkeypatch, capsys):
     add_output(parser, "owls")
     add_clips(parser)
     seen = []
+
+    def prepare(args: argparse.Namespace) -> list[str]:
+        seen.append(args)
+        return ["one owl", "no bee"]
+
     monkeypatch.setattr(sys, "argv", ["/scripts/prepare_owls.py", "--workers", "3"])
-    run_prepare(seen.append, parser)
+    run_prepare(prepare, parser)
+    assert capsys.readouterr().out == "one owl\nno bee\n"
     assert seen == [argparse.Namespace(output="/data/owls", videos=None, workers=3)]
     monkeypatch.setattr(sys, "argv", ["prepare_owls.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        run_prepare(seen.append, parser)
+        run_prepare(prepare, parser)
     assert not stop.value.code and len(seen) == 1
     assert "First line.\n\n    an example, as it stands\n" in capsys.readouterr().out
 
