@@ -399,12 +399,14 @@ def test_stages_of_a_pipeline_fit_together(name, tmp_path):
         # All that it needs of other stages is there when its turn comes.
         weights = stage.cfg.MODEL.WEIGHTS
         source = by_weights[weights] if weights.endswith("model_final.pth") else None
-        if stage.is_localizer and source:
-            assert source.is_localizer and _encoders(stage.cfg) == _encoders(source.cfg)
-        elif not stage.is_localizer and not stage.is_simclr and not stage.eval_only:
+        offers = stage.kind.offers
+        if offers == "localizer" and source:
+            assert source.kind.offers == "localizer"
+            assert _encoders(stage.cfg) == _encoders(source.cfg)
+        elif offers not in ("localizer", "backbone") and not stage.eval_only:
             teacher = by_weights[stage.cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS]
-            assert teacher.is_localizer and teacher.cfg.MODEL.LOCALIZER.LAMBDA < 1
-            assert stage.is_warmup or source.is_warmup
+            assert teacher.kind.offers == "localizer" and teacher.cfg.MODEL.LOCALIZER.LAMBDA < 1
+            assert offers == "warmup" or source.kind.offers == "warmup"
             teachers.add(teacher.name)
         by_weights[stage.weights] = stage
     assert teachers and len(by_weights) == len(listed)
@@ -430,7 +432,7 @@ def test_a_backbone_from_the_localizer_is_the_localizer_s(name):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_backbone_from_simclr_is_simclr_s(name, tmp_path):
     stages = make_stages(str(CONFIGS / name), ["OUTPUT_DIR", str(tmp_path)])
-    sources = {stage.weights: stage.cfg for stage in stages if stage.is_simclr}
+    sources = {stage.weights: stage.cfg for stage in stages if stage.kind.offers == "backbone"}
     targets = [stage.cfg for stage in stages if stage.cfg.MODEL.WEIGHTS in sources]
     assert bool(targets) == bool(sources)
     for cfg in targets:

@@ -31,12 +31,13 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.utils.logger import setup_logger
 
-from avdet2.checkpoint import pixel_messages
+from avdet2.checkpoint.pixel_settings import BACKBONES, Start, pixel_messages
 from avdet2.data import FrameMapper, register_av_clips
 from avdet2.data.clips.clip_table import single_labels
 from avdet2.data.clips.scan import training_clips
 from avdet2.engine import load_cfg, use_own_videos
 from avdet2.engine.hand_over import init_backbone
+from avdet2.engine.stages import stage_kind
 from avdet2.evaluation.naming.votes import frozen_votes
 from avdet2.evaluation.probes import pooled_features, probe_features, probe_table, split_by_hash
 from avdet2.self_boxes.inference import ReadableLoader
@@ -56,9 +57,7 @@ def load_run(args: argparse.Namespace) -> CfgNode:
         if "MODEL.WEIGHTS" not in args.opts[::2]:
             cfg.MODEL.WEIGHTS = os.path.join(folder, "model_final.pth")
     use_own_videos(cfg, folder)
-    sizes = {"SimCLR": cfg.INPUT.VIEWS.SIZE, "AVLocalizer": cfg.INPUT.AV.CROP_SIZE}
-    of_run = sizes.get(cfg.MODEL.META_ARCHITECTURE, cfg.INPUT.MIN_SIZE_TRAIN[0])
-    cfg.INPUT.VIEWS.FRAME_SIZE = args.size or of_run
+    cfg.INPUT.VIEWS.FRAME_SIZE = args.size or stage_kind(cfg).image_size
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -163,9 +162,9 @@ def main(args: argparse.Namespace) -> dict:
     """
     setup_logger(name="avdet2", abbrev_name="av")
     cfg = load_run(args)
-    for level, text in pixel_messages(cfg, eval_only=True, any_backbone=True):
-        logger.log(level, text)
     weights = cfg.MODEL.WEIGHTS
+    for level, text in pixel_messages(cfg, [Start("MODEL.WEIGHTS", weights, BACKBONES)]):
+        logger.log(level, text)
     backbones = {weights: trunk(cfg, weights)} if weights else {}
     if args.against_random or not weights:
         backbones["untrained"] = trunk(cfg, "")

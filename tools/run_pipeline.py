@@ -129,7 +129,7 @@ def read_results(stage: Stage) -> dict[str, dict]:
         return {}
     with open(path) as f:
         results = json.load(f)
-    title = f"{stage.name} (self-boxes)" if stage.is_localizer else stage.name
+    title = stage.kind.title.format(stage.name)
     if len(stage.cfg.DATASETS.TEST) <= 1:
         return {title: results}
     return {f"{title}, {name}": results.get(name, {}) for name in stage.cfg.DATASETS.TEST}

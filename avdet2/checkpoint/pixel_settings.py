@@ -10,7 +10,7 @@ import os
 import pickle
 import shlex
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,21 @@ class WeightSettings(NamedTuple):
 
     values: dict[str, Any]
     names: list[str] | None
+
+
+class Start(NamedTuple):
+    """
+    Weights that a model starts from.
+
+    Attributes:
+        key: of the config, for messages.
+        weights: path of a file; "" for none.
+        prefixes: what the names of the tensors that are used begin with, where a run wrote them.
+    """
+
+    key: str
+    weights: str
+    prefixes: tuple[str, ...]
 
 
 def read_settings(weights: str) -> WeightSettings | None:
@@ -93,9 +108,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return dict(flat_items(loaded)) if isinstance(loaded, dict) else {}
 
 
-def pixel_messages(
-    cfg: CfgNode, eval_only: bool = False, any_backbone: bool = False
-) -> list[tuple[int, str]]:
+def pixel_messages(cfg: CfgNode, starts: Iterable[Start]) -> list[tuple[int, str]]:
     """
     What to say of the weights that a run starts from: a warning for each file that was trained with
     other settings than ``cfg`` has, with the keys to change, and an information for each of which
@@ -103,26 +116,22 @@ def pixel_messages(
 
     Args:
         cfg: of the run that starts.
-        eval_only: the model has MODEL.WEIGHTS only.
-        any_backbone: of MODEL.WEIGHTS the backbone of any model is taken, not only one of the same
-            names.
+        starts: the weights. The first ones that are of this network have the last word.
 
     Returns:
         list: of levels of :mod:`logging`, and texts.
     """
     messages = []
-    for key, weights, prefixes in _starts(cfg, eval_only, any_backbone):
-        settings = read_settings(weights)
+    for start in starts:
+        if not start.weights:
+            continue
+        settings = read_settings(start.weights)
         if settings is None:
-            messages.append((logging.INFO, f"{key} {weights}: {UNKNOWN}"))
-            continue
-        if not _is_same_network(cfg, settings, prefixes):
-            continue
-        wrong = _differences(cfg, settings.values)
-        if wrong:
-            messages.append((logging.WARNING, _warning(key, weights, wrong)))
-        # MODEL.WEIGHTS have the last word.
-        if key == "MODEL.WEIGHTS":
+            messages.append((logging.INFO, f"{start.key} {start.weights}: {UNKNOWN}"))
+        elif _is_same_network(cfg, settings, start.prefixes):
+            wrong = _differences(cfg, settings.values)
+            if wrong:
+                messages.append((logging.WARNING, _warning(start.key, start.weights, wrong)))
             break
     return messages
 
@@ -134,27 +143,6 @@ def _warning(key: str, weights: str, wrong: dict[str, tuple[Any, Any]]) -> str:
         f"{key} {weights} was trained with other settings, and is worth less with these ({here}): "
         f"add {change}"
     )
-
-
-def _starts(
-    cfg: CfgNode, eval_only: bool, any_backbone: bool
-) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """
-    Keys whose weights the model starts from, with the paths, and what the names of a run's tensors
-    that are used begin with.
-    """
-    model, is_localizer = cfg.MODEL, cfg.MODEL.META_ARCHITECTURE == "AVLocalizer"
-    own = ("visual_encoder.",) if is_localizer else ("backbone.",)
-    if model.WEIGHTS:
-        yield "MODEL.WEIGHTS", model.WEIGHTS, BACKBONES if any_backbone else own
-    if eval_only:
-        return
-    if is_localizer and model.LOCALIZER.BACKBONE_WEIGHTS:
-        weights = model.LOCALIZER.BACKBONE_WEIGHTS
-        yield "MODEL.LOCALIZER.BACKBONE_WEIGHTS", weights, BACKBONES
-    if not is_localizer and model.SELF_BOX.INIT_BACKBONE:
-        weights = model.SELF_BOX.LOCALIZER_WEIGHTS
-        yield "MODEL.SELF_BOX.LOCALIZER_WEIGHTS", weights, ("visual_encoder.",)
 
 
 def _is_same_network(cfg: CfgNode, settings: WeightSettings, prefixes: tuple[str, ...]) -> bool:

@@ -261,12 +261,14 @@ class Weights(NamedTuple):
     The model's part of a checkpoint.
 
     Attributes:
+        path: of the file.
         state: tensors by name.
         matches_ends: Detectron2's checkpointer looks for a model's names that end in these;
             otherwise for the same names.
         is_caffe2: the names are those of Caffe2, which the checkpointer translates.
     """
 
+    path: str
     state: dict[str, torch.Tensor]
     matches_ends: bool
     is_caffe2: bool
@@ -299,4 +301,4 @@ def load_weights(weights: str) -> Weights:
             f"{'is' if len(others) == 1 else 'are'} no tensor. {CONVERT}"
         )
     is_caffe2 = is_pickle and not {"model", "__author__"} <= content.keys()
-    return Weights(dict(state), bool(content.get("matching_heuristics")), is_caffe2)
+    return Weights(weights, dict(state), bool(content.get("matching_heuristics")), is_caffe2)

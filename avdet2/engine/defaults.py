@@ -20,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 from avdet2.checkpoint import pixel_messages
 from avdet2.config_file import load_cfg
 from avdet2.data.clips.scan import register_av_clips, training_clips
+from avdet2.engine.stages import stage_kind
 from avdet2.engine.train_step import check_precision
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
     use_own_videos(cfg, os.path.dirname(args.config_file) if is_dump else cfg.OUTPUT_DIR)
     _check(cfg, args.eval_only)
     cfg.freeze()
-    # Before a config.yaml beside the weights is written anew.
-    messages = _weights_messages(cfg, args)
-    # Or while another process still reads it.
+    # What default_setup may overwrite is read before: the config.yaml beside the weights,
+    messages = []
+    goes_on = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if comm.is_main_process() and not goes_on:
+        starts = stage_kind(cfg).starts()
+        messages = pixel_messages(cfg, starts[:1] if args.eval_only else starts)
+    # and, by other processes, the config file itself.
     comm.synchronize()
     default_setup(cfg, args)
     # Detectron2 sets up its own logger and fvcore's only.
@@ -52,16 +57,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     for level, text in messages:
         logger.log(level, text)
     return cfg
-
-
-def _weights_messages(cfg: CfgNode, args: argparse.Namespace) -> list[tuple[int, str]]:
-    """
-    What to say, on the main process, of the pixels that weights were trained with.
-    """
-    has_checkpoint = os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if not comm.is_main_process() or (args.resume and has_checkpoint):
-        return []
-    return pixel_messages(cfg, args.eval_only)
 
 
 def _check(cfg: CfgNode, eval_only: bool) -> None:

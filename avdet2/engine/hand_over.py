@@ -12,8 +12,7 @@ import torch
 
 from detectron2.utils.file_io import PathManager
 
-from avdet2.checkpoint.reading import CONVERT, load_weights
-from avdet2.modeling.meta_arch import AVLocalizer
+from avdet2.checkpoint.reading import CONVERT, Weights, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -23,77 +22,82 @@ _T = TypeVar("_T")
 TRUNKS = ("visual_encoder.bottom_up.", "visual_encoder.", "backbone.bottom_up.", "backbone.")
 
 
-def holds_localizer(weights: str) -> bool:
+def open_weights(path: str) -> Weights | None:
     """
-    Whether a checkpoint (.pth) is that of a whole AVLocalizer.
-    """
-    return weights.endswith(".pth") and any(
-        key.startswith("loc_v.") for key in load_weights(weights).state
-    )
-
-
-def check_hand_over(model: torch.nn.Module, weights: str) -> None:
-    """
-    Refuse to start a model from the weights of a different one.
-
-    Detectron2's checkpointer only warns of tensors that do not fit, and would leave, for example,
-    another backbone at its random start. A localizer from a localizer must fit but for the
-    clustering heads, which may be new, or of another K. Every other start must have the whole
-    backbone (without its FPN) under names that the checkpointer finds.
+    A checkpoint that a model is to start from, so that it can be looked at before.
 
     Args:
-        model: a localizer, a detector or SimCLR; one without a backbone is not checked.
-        weights: path of a .pth file, or of a local .pkl file in Detectron2's names; others are not
-            checked.
+        path: MODEL.WEIGHTS.
+
+    Returns:
+        Weights: None where Detectron2's checkpointer does more than load tensors by name (files of
+        its model zoo, and Caffe2's names), or where there are no weights.
 
     Raises:
-        ValueError: it is no checkpoint of Detectron2; or a tensor is missing, left over or of
-            another shape.
+        ValueError: it is no checkpoint of Detectron2.
     """
     # An address of a .pkl is Detectron2's model zoo.
-    if not (weights.endswith(".pth") or (weights.endswith(".pkl") and os.path.isfile(weights))):
+    if not (path.endswith(".pth") or (path.endswith(".pkl") and os.path.isfile(path))):
+        return None
+    weights = load_weights(path)
+    return None if weights.is_caffe2 else weights
+
+
+def check_whole(model: torch.nn.Module, weights: Weights) -> None:
+    """
+    Refuse to start a model from those of another one, of which it has every part.
+
+    Detectron2's checkpointer only warns of tensors that do not fit, and would leave them at their
+    random start. Clustering heads may be new, or of another K.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape.
+    """
+    found, wanted = _shapes(weights.state), _shapes(model.state_dict())
+    wrong = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    _refuse(weights.path, wrong)
+
+
+def check_backbone(model: torch.nn.Module, weights: Weights, advice: str = "") -> None:
+    """
+    Refuse to start a model from weights without its backbone (whose FPN may be new), under names
+    that Detectron2's checkpointer finds.
+
+    Args:
+        model: one without a backbone is not checked.
+        weights: of :func:`open_weights`.
+        advice: what to do with weights of other names. By default it is a detector's.
+
+    Raises:
+        ValueError: a tensor of the backbone is missing, left over or of another shape.
+    """
+    found, wanted = _shapes(weights.state), _shapes(model.state_dict())
+    own, theirs = _trunk_prefix(wanted), _trunk_prefix(found)
+    if not own:
         return
-    loaded = load_weights(weights)
-    found, wanted = _shapes(loaded.state), _shapes(model.state_dict())
-    own = _trunk_prefix(wanted)
-    if loaded.is_caffe2 or not own:
-        return
-    if isinstance(model, AVLocalizer) and any(key.startswith("loc_v.") for key in found):
-        _refuse(weights, [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)])
-        return
-    theirs = _trunk_prefix(found)
     # A backbone's bare names are found behind any prefix where the file asks for it.
-    prefix = "" if loaded.matches_ends and not theirs else own
+    prefix = "" if weights.matches_ends and not theirs else own
     found, wanted = _part(found, prefix), _part(wanted, own)
     if not found.keys() & wanted.keys():
+        if not advice and theirs.startswith("visual_encoder."):
+            advice = (
+                "They are a localizer's: for its visual encoder set MODEL.SELF_BOX.INIT_BACKBONE "
+                "True and MODEL.SELF_BOX.LOCALIZER_WEIGHTS. "
+            )
         raise ValueError(
-            f"MODEL.WEIGHTS {weights} have none of the backbone's {len(wanted)} tensors under its "
-            f"names ({own}*), but another network's. {_advice(model, theirs)}{CONVERT}"
+            f"MODEL.WEIGHTS {weights.path} have none of the backbone's {len(wanted)} tensors under "
+            f"its names ({own}*), but another network's. {advice}{CONVERT}"
         )
-    _refuse(weights, [own + name for name in _misfits(found, wanted)])
+    _refuse(weights.path, [own + name for name in _misfits(found, wanted)])
 
 
-def _refuse(weights: str, wrong: list[str]) -> None:
+def _refuse(path: str, wrong: list[str]) -> None:
     if wrong:
         raise ValueError(
-            f"MODEL.WEIGHTS {weights} are those of another network: {_listed(wrong)}. Start from a "
+            f"MODEL.WEIGHTS {path} are those of another network: {_listed(wrong)}. Start from a "
             "stage with the same backbone (and, for a localizer, the same audio encoder and "
             "MODEL.LOCALIZER sizes), or set MODEL.WEIGHTS ''"
         )
-
-
-def _advice(model: torch.nn.Module, prefix: str) -> str:
-    if isinstance(model, AVLocalizer):
-        return (
-            "MODEL.WEIGHTS are for a whole localizer; for its visual encoder alone set "
-            "MODEL.LOCALIZER.BACKBONE_WEIGHTS. "
-        )
-    if prefix.startswith("visual_encoder."):
-        return (
-            "They are a localizer's: for its visual encoder set MODEL.SELF_BOX.INIT_BACKBONE True "
-            "and MODEL.SELF_BOX.LOCALIZER_WEIGHTS. "
-        )
-    return ""
 
 
 def init_backbone(

@@ -10,20 +10,16 @@ import sys
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
 
 from avdet2.config_file import flat_items, load_cfg
 from avdet2.engine.defaults import use_own_videos
 from avdet2.engine.stage_list import listed_stages
-from avdet2.evaluation.baselines import BoxBaseline
+from avdet2.engine.stages import FINAL, stage_kind
+from avdet2.engine.stages.base import WEIGHTS
+from avdet2.engine.stages.self_box_detector import LOCALIZER_CONFIG, LOCALIZER_WEIGHTS
 from avdet2.evaluation.build import results_file
 
-FINAL = "model_final.pth"
-WEIGHTS = "MODEL.WEIGHTS"
-LOCALIZER_CONFIG = "MODEL.SELF_BOX.LOCALIZER_CONFIG"
-LOCALIZER_WEIGHTS = "MODEL.SELF_BOX.LOCALIZER_WEIGHTS"
 BACKBONE_WEIGHTS = "MODEL.LOCALIZER.BACKBONE_WEIGHTS"
-NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 # Begin the keys that may differ when a stage goes on, and those that only its evaluation reads.
 FREE = (
     "DATALOADER.NUM_WORKERS",
@@ -68,40 +64,29 @@ class Stage:
         """
         self.name, self.config_file, self._number = name, config_file, len(before)
         self.folder = os.path.join(root, name)
-        linked = links(load_cfg(config_file, shared + own), before)
+        given = stage_kind(load_cfg(config_file, shared + own))
+        linked = given.links([stage.kind for stage in before])
         self.opts = [*shared, *linked, *own, "OUTPUT_DIR", self.folder]
         self.cfg = load_cfg(config_file, self.opts)
         use_own_videos(self.cfg)
         self.cfg.freeze()
+        self.kind = stage_kind(self.cfg)
         self._check_weights()
-        self._check_classes(dict(zip(linked[::2], linked[1::2])))
+        try:
+            self.kind.check_links(dict(zip(linked[::2], linked[1::2])))
+        except ValueError as error:
+            raise ValueError(f"stage {name}: {error}") from error
 
     @property
     def eval_only(self) -> bool:
         """
-        A model without weights is only evaluated.
+        A model that has nothing to learn is only evaluated.
         """
-        return _is_baseline(self.cfg)
-
-    @property
-    def is_localizer(self) -> bool:
-        return self.cfg.MODEL.META_ARCHITECTURE == "AVLocalizer"
-
-    @property
-    def is_simclr(self) -> bool:
-        return self.cfg.MODEL.META_ARCHITECTURE == "SimCLR"
-
-    @property
-    def is_warmup(self) -> bool:
-        """
-        Whether it trains a class-agnostic detector, which class-aware ones go on from.
-        """
-        of_self_boxes = self.cfg.INPUT.MAPPER == "SelfBoxMapper" and not self.eval_only
-        return of_self_boxes and self.cfg.MODEL.SELF_BOX.LABELS == "none"
+        return not self.kind.trains
 
     @property
     def weights(self) -> str:
-        return os.path.join(self.folder, FINAL)
+        return self.kind.weights
 
     @property
     def last_checkpoint(self) -> str:
@@ -127,7 +112,7 @@ class Stage:
         if not (self.eval_only or self.is_trained()):
             return False
         results = results_file(self.folder)
-        if self.is_simclr or not self.cfg.DATASETS.TEST:
+        if not (self.kind.is_evaluated and self.cfg.DATASETS.TEST):
             return True
         # Results may also be those of an evaluation during the training.
         return os.path.isfile(results) and (
@@ -191,72 +176,6 @@ class Stage:
             "detector that is one with MODEL.SELF_BOX.LABELS none (KEY VALUE is for all stages, "
             f"STAGE:KEY VALUE for one). Else give {self.name}:MODEL.WEIGHTS"
         )
-
-    def _check_classes(self, linked: dict[str, str]) -> None:
-        node, found = self.cfg.MODEL.SELF_BOX, self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        is_own_localizer = node.LOCALIZER_CONFIG != linked.get(LOCALIZER_CONFIG)
-        if NUM_CLASSES not in linked or (node.LABELS == "self" and is_own_localizer):
-            return
-        if found != int(linked[NUM_CLASSES]):
-            raise ValueError(
-                f"stage {self.name}: {NUM_CLASSES} is {found}, but with MODEL.SELF_BOX.LABELS "
-                f"{node.LABELS} there are {linked[NUM_CLASSES]} classes; leave the key out"
-            )
-
-
-def links(cfg: CfgNode, before: list[Stage]) -> list[str]:
-    """
-    KEY VALUE pairs by which a stage takes weights, localizer and number of classes from those
-    before it.
-
-    A localizer with clusters goes on from the last one without. A detector learns from the last
-    localizer. A class-agnostic warm-up starts from the last SimCLR stage, unless
-    MODEL.SELF_BOX.INIT_BACKBONE (from the localizer) or MODEL.WEIGHTS of its own say otherwise; a
-    class-aware detector goes on from the last warm-up.
-
-    Args:
-        cfg: of the stage, as it is without these pairs.
-        before: the stages before it.
-    """
-    localizers = [stage for stage in before if stage.is_localizer]
-    if cfg.MODEL.META_ARCHITECTURE == "AVLocalizer":
-        return _weights_of(_predecessors(cfg, localizers))
-    if cfg.INPUT.MAPPER != "SelfBoxMapper" or _is_baseline(cfg):
-        return []
-    opts, node = [], cfg.MODEL.SELF_BOX
-    if localizers:
-        teacher = localizers[-1]
-        opts += [LOCALIZER_CONFIG, os.path.join(teacher.folder, "config.yaml")]
-        opts += [LOCALIZER_WEIGHTS, teacher.weights]
-        if node.LABELS == "self":
-            opts += [NUM_CLASSES, str(teacher.cfg.MODEL.LOCALIZER.NUM_CLUSTERS)]
-    if node.LABELS != "none":
-        return opts + _weights_of([stage for stage in before if stage.is_warmup])
-    opts += [NUM_CLASSES, "1"]
-    # A name that stages give their weights is another stage's: it is linked, or refused.
-    if node.INIT_BACKBONE or os.path.basename(cfg.MODEL.WEIGHTS) not in ("", FINAL):
-        return opts
-    return opts + _weights_of([stage for stage in before if stage.is_simclr])
-
-
-def _predecessors(cfg: CfgNode, localizers: list[Stage]) -> list[Stage]:
-    """
-    Those of the localizers that one of this config may go on from.
-    """
-    pretrained = [stage for stage in localizers if stage.cfg.MODEL.LOCALIZER.LAMBDA == 1]
-    if cfg.MODEL.LOCALIZER.LAMBDA < 1:
-        return pretrained or localizers
-    # Several are trained from the start, one beside the other, if nothing else is asked for.
-    return pretrained if os.path.basename(cfg.MODEL.WEIGHTS) == FINAL else []
-
-
-def _is_baseline(cfg: CfgNode) -> bool:
-    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    return isinstance(model, type) and issubclass(model, BoxBaseline)
-
-
-def _weights_of(stages: list[Stage]) -> list[str]:
-    return [WEIGHTS, stages[-1].weights] if stages else []
 
 
 def needed(stages: list[Stage], names: Sequence[str]) -> list[Stage]:

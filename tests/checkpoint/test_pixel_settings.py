@@ -13,8 +13,10 @@ import torch
 
 from detectron2.engine import default_argument_parser
 
-from avdet2.checkpoint import pixel_messages, read_resnet, save_resnet
+from avdet2.checkpoint import read_resnet, save_resnet
+from avdet2.checkpoint.pixel_settings import BACKBONES, Start, pixel_messages
 from avdet2.engine import load_cfg, setup
+from avdet2.engine.stages import stage_kind
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DETECTOR = str(CONFIGS / "Unsupervised-Detection/warmup_R50_FPN.yaml")
@@ -43,14 +45,21 @@ def files(tmp_path_factory) -> dict[str, str]:
     return found
 
 
+def _messages(level, config, opts, eval_only=False, any_backbone=False):
+    cfg = load_cfg(config, list(opts))
+    starts = stage_kind(cfg).starts()
+    if any_backbone:
+        starts = [Start("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS, BACKBONES)]
+    found = pixel_messages(cfg, starts[:1] if eval_only else starts)
+    return [text for found_level, text in found if found_level == level]
+
+
 def _warnings(config, *opts, **kwargs):
-    found = pixel_messages(load_cfg(config, list(opts)), **kwargs)
-    return [text for level, text in found if level == logging.WARNING]
+    return _messages(logging.WARNING, config, opts, **kwargs)
 
 
 def _unknown(config, *opts, **kwargs):
-    found = pixel_messages(load_cfg(config, list(opts)), **kwargs)
-    return [text for level, text in found if level == logging.INFO]
+    return _messages(logging.INFO, config, opts, **kwargs)
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pkl"])

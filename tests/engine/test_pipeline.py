@@ -175,7 +175,7 @@ def test_localizers_beside_one_another(tmp_path):
 def test_a_warmup_starts_from_simclr(tmp_path):
     stages = stages_of(tmp_path, config=SIMCLR)
     simclr = stages["simclr"]
-    assert simclr.is_simclr and not (simclr.is_localizer or simclr.is_warmup or simclr.eval_only)
+    assert simclr.kind.offers == "backbone" and not simclr.eval_only
     assert simclr.cfg.MODEL.WEIGHTS == ""
     assert stages["detector_warmup"].cfg.MODEL.WEIGHTS == simclr.weights
     assert stages["detector"].cfg.MODEL.WEIGHTS == stages["detector_warmup"].weights

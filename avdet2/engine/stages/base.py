@@ -1,0 +1,174 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+What a kind of stage decides: how it starts, trains, is evaluated, and hands its work on.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import HookBase
+
+from avdet2.checkpoint.pixel_settings import Start
+from avdet2.engine.hand_over import check_backbone, init_backbone, open_weights
+
+# Every training ends with a file of this name.
+FINAL = "model_final.pth"
+WEIGHTS = "MODEL.WEIGHTS"
+
+
+class StageKind:
+    """
+    One stage, as its kind sees it. This class is the kind of all stock Detectron2 models; every
+    other kind is a subclass that says what it does differently.
+
+    Attributes:
+        cfg: the config of the stage.
+        mapper: the INPUT.MAPPER that it trains with.
+        trains: whether there is anything to learn. If not, it is only evaluated.
+        is_evaluated: whether there are results. If not, it is done when it is trained.
+        offers: what later stages of a pipeline may take from it: it is a "localizer", a
+            "backbone", a "warmup" of detectors, or nothing ("").
+        title: of its row in a table of results, made from the stage's name.
+    """
+
+    mapper = "DatasetMapper"
+    trains = True
+    is_evaluated = True
+    offers = ""
+    title = "{}"
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+
+    @classmethod
+    def fits(cls, cfg: CfgNode, model_class: type[nn.Module]) -> bool:
+        """
+        Whether a config is one of this kind.
+
+        Args:
+            cfg: of a stage.
+            model_class: its meta-architecture.
+        """
+        return True
+
+    # How it starts.
+
+    def starts(self) -> list[Start]:
+        """
+        The weights that a training starts from: first MODEL.WEIGHTS, which have the last word, then
+        those of a backbone.
+        """
+        node = self.cfg.MODEL
+        starts = [Start(WEIGHTS, node.WEIGHTS, ("backbone.",))]
+        if node.SELF_BOX.INIT_BACKBONE:
+            key = "MODEL.SELF_BOX.LOCALIZER_WEIGHTS (INIT_BACKBONE)"
+            starts.append(Start(key, node.SELF_BOX.LOCALIZER_WEIGHTS, ("visual_encoder.",)))
+        return starts
+
+    def hand_over(self, model: nn.Module) -> None:
+        """
+        Check that MODEL.WEIGHTS fit, and start the backbone from another model's. Both happen
+        before a new training loads MODEL.WEIGHTS.
+
+        Args:
+            model: of the stage, not wrapped in DDP; written to.
+
+        Raises:
+            ValueError: weights are missing, or those of another network.
+        """
+        first, *others = self.starts()
+        weights = open_weights(first.weights)
+        if weights is not None:
+            check_backbone(model, weights)
+        for start in others:
+            init_backbone(model.backbone, start.weights, start.key, last_stages=False)
+
+    # How it trains.
+
+    def finish_model(self, model: nn.Module) -> None:
+        """
+        What is done to a model once it is built, in place.
+        """
+
+    def build_train_loader(self) -> DataLoader:
+        """
+        The loader for the mapper of this kind.
+        """
+        return build_detection_train_loader(self.cfg)
+
+    def build_hooks(self, model: nn.Module) -> list[HookBase]:
+        """
+        Hooks that change what a checkpoint holds: they run before that of the same iteration.
+
+        Args:
+            model: of the stage, not wrapped in DDP.
+        """
+        return []
+
+    # How it is evaluated.
+
+    @property
+    def image_size(self) -> int:
+        """
+        The short side of the images that it trains on, in pixels.
+        """
+        return self.cfg.INPUT.MIN_SIZE_TRAIN[0]
+
+    def build_test_loader(self, dataset_name: str) -> Iterable[list[dict]]:
+        """
+        The loader of a registered test set.
+        """
+        return build_detection_test_loader(self.cfg, dataset_name)
+
+    def class_names(self, model: nn.Module) -> str:
+        """
+        How its classes get names: "names" (they are the test set's), "labels" (they are those of
+        the training clips), "clusters" (they are to be matched), or "none" (there is one class).
+        """
+        return "names"
+
+    # What it takes from the stages of a pipeline before it, and what later ones take from it.
+
+    @property
+    def weights(self) -> str:
+        """
+        Path of what its training ends with.
+        """
+        return os.path.join(self.cfg.OUTPUT_DIR, FINAL)
+
+    def links(self, before: Sequence["StageKind"]) -> list[str]:
+        """
+        KEY VALUE pairs by which it takes what it needs from the stages before it.
+
+        Args:
+            before: the stages before it, in order. ``cfg`` is as it is without the pairs.
+        """
+        return []
+
+    def check_links(self, linked: dict[str, str]) -> None:
+        """
+        Args:
+            linked: what :meth:`links` gave. ``cfg`` has the stage's own options over it.
+
+        Raises:
+            ValueError: the stage's own options contradict it.
+        """
+
+
+def offering(before: Sequence[StageKind], what: str) -> list[StageKind]:
+    """
+    Those of the stages that offer it.
+    """
+    return [stage for stage in before if stage.offers == what]
+
+
+def last_weights(stages: Sequence[StageKind]) -> list[str]:
+    """
+    The pair by which a stage goes on from the last one of these, if there is any.
+    """
+    return [WEIGHTS, stages[-1].weights] if stages else []

@@ -1,0 +1,105 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+The training of the audio-visual localizer, with or without clusters.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.engine import HookBase
+
+from avdet2.checkpoint.pixel_settings import BACKBONES, Start
+from avdet2.data import AVMapper
+from avdet2.engine.hand_over import check_backbone, check_whole, init_backbone, open_weights
+from avdet2.engine.hooks import SelfLabelHook
+from avdet2.engine.stages.base import FINAL, WEIGHTS, StageKind, last_weights, offering
+from avdet2.engine.stages.contrast import build_contrast_loader
+from avdet2.modeling.meta_arch import AVLocalizer
+from avdet2.self_boxes.inference import ReadableLoader
+
+logger = logging.getLogger(__name__)
+
+ADVICE = (
+    "MODEL.WEIGHTS are for a whole localizer; for its visual encoder alone set "
+    "MODEL.LOCALIZER.BACKBONE_WEIGHTS. "
+)
+
+
+class LocalizerStage(StageKind):
+    """
+    A localizer. It is evaluated by its self-boxes, and detectors learn from it.
+    """
+
+    mapper = "AVMapper"
+    title = "{} (self-boxes)"
+    offers = "localizer"
+
+    @classmethod
+    def fits(cls, cfg: CfgNode, model_class: type[nn.Module]) -> bool:
+        return issubclass(model_class, AVLocalizer)
+
+    def starts(self) -> list[Start]:
+        node = self.cfg.MODEL
+        starts = [Start(WEIGHTS, node.WEIGHTS, ("visual_encoder.",))]
+        if node.LOCALIZER.BACKBONE_WEIGHTS:
+            key = "MODEL.LOCALIZER.BACKBONE_WEIGHTS"
+            starts.append(Start(key, node.LOCALIZER.BACKBONE_WEIGHTS, BACKBONES))
+        return starts
+
+    def hand_over(self, model: AVLocalizer) -> None:
+        first, *others = self.starts()
+        weights = open_weights(first.weights)
+        is_whole = weights is not None and any(key.startswith("loc_v.") for key in weights.state)
+        if is_whole:
+            check_whole(model, weights)
+        elif weights is not None:
+            check_backbone(model, weights, ADVICE)
+        for start in others:
+            if is_whole:
+                logger.info(f"MODEL.WEIGHTS are a whole localizer: {start.weights} is not used")
+            else:
+                init_backbone(model.visual_encoder, start.weights, start.key)
+
+    def finish_model(self, model: AVLocalizer) -> None:
+        if self.cfg.MODEL.LOCALIZER.COMPILE:
+            model.compile_encoders()
+
+    def build_train_loader(self) -> DataLoader:
+        return build_contrast_loader(self.cfg, AVMapper(self.cfg, "random"))
+
+    def build_hooks(self, model: AVLocalizer) -> list[HookBase]:
+        return [SelfLabelHook(self.cfg, model)] if model.has_clusters else []
+
+    @property
+    def image_size(self) -> int:
+        return self.cfg.INPUT.AV.CROP_SIZE
+
+    def build_test_loader(self, dataset_name: str) -> Iterable[list[dict]]:
+        """
+        Whole frames with their sound. A frame without usable sound is left out.
+        """
+        cfg = self.cfg
+        images = get_detection_dataset_dicts((dataset_name,), filter_empty=False)
+        pinned = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        return ReadableLoader(images, AVMapper(cfg, "full"), 1, cfg.DATALOADER.NUM_WORKERS, pinned)
+
+    def class_names(self, model: AVLocalizer) -> str:
+        return "clusters" if model.has_clusters else "none"
+
+    def links(self, before: Sequence[StageKind]) -> list[str]:
+        """
+        A localizer with clusters goes on from the last one without. One without clusters trains
+        from the start, unless its config says that it goes on from another stage.
+        """
+        node, localizers = self.cfg.MODEL, offering(before, "localizer")
+        pretrained = [stage for stage in localizers if stage.cfg.MODEL.LOCALIZER.LAMBDA == 1]
+        if node.LOCALIZER.LAMBDA < 1:
+            return last_weights(pretrained or localizers)
+        return last_weights(pretrained) if os.path.basename(node.WEIGHTS) == FINAL else []

@@ -1,0 +1,79 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+The training of a detector on the self-boxes of a frozen localizer.
+"""
+
+import os
+from collections.abc import Sequence
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from detectron2.config import CfgNode
+
+from avdet2.data.clips.scan import training_clips
+from avdet2.data.loaders import build_list_loader
+from avdet2.engine.stages.base import FINAL, StageKind, last_weights, offering
+from avdet2.self_boxes.mapper import SelfBoxMapper
+
+LOCALIZER_CONFIG = "MODEL.SELF_BOX.LOCALIZER_CONFIG"
+LOCALIZER_WEIGHTS = "MODEL.SELF_BOX.LOCALIZER_WEIGHTS"
+NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
+
+
+class SelfBoxDetectorStage(StageKind):
+    """
+    A stock detector. Where MODEL.SELF_BOX.LABELS is none, it has one class, and warms detectors of
+    more classes up.
+    """
+
+    mapper = "SelfBoxMapper"
+
+    @classmethod
+    def fits(cls, cfg: CfgNode, model_class: type[nn.Module]) -> bool:
+        return cfg.INPUT.MAPPER == cls.mapper
+
+    def build_train_loader(self) -> DataLoader:
+        clips, _ = training_clips(self.cfg.DATASETS.TRAIN)
+        return build_list_loader(self.cfg, clips, SelfBoxMapper(self.cfg))
+
+    def class_names(self, model: nn.Module) -> str:
+        return {"video": "labels", "self": "clusters"}.get(self.cfg.MODEL.SELF_BOX.LABELS, "none")
+
+    @property
+    def offers(self) -> str:
+        return "warmup" if self.cfg.MODEL.SELF_BOX.LABELS == "none" else ""
+
+    def links(self, before: Sequence[StageKind]) -> list[str]:
+        """
+        A detector learns from the last localizer, and has as many classes as that has clusters. It
+        goes on from the last warm-up. A warm-up starts from the last backbone, unless
+        MODEL.SELF_BOX.INIT_BACKBONE (from the localizer) or weights of its own say otherwise.
+        """
+        node, localizers = self.cfg.MODEL.SELF_BOX, offering(before, "localizer")
+        opts = []
+        if localizers:
+            teacher = localizers[-1]
+            opts += [LOCALIZER_CONFIG, os.path.join(teacher.cfg.OUTPUT_DIR, "config.yaml")]
+            opts += [LOCALIZER_WEIGHTS, teacher.weights]
+            if node.LABELS == "self":
+                opts += [NUM_CLASSES, str(teacher.cfg.MODEL.LOCALIZER.NUM_CLUSTERS)]
+        if node.LABELS != "none":
+            return opts + last_weights(offering(before, "warmup"))
+        opts += [NUM_CLASSES, "1"]
+        # model_final.pth in the config file is that of another stage, so it is replaced.
+        has_own_weights = os.path.basename(self.cfg.MODEL.WEIGHTS) not in ("", FINAL)
+        if node.INIT_BACKBONE or has_own_weights:
+            return opts
+        return opts + last_weights(offering(before, "backbone"))
+
+    def check_links(self, linked: dict[str, str]) -> None:
+        node, found = self.cfg.MODEL.SELF_BOX, self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        is_other_localizer = node.LOCALIZER_CONFIG != linked.get(LOCALIZER_CONFIG)
+        if NUM_CLASSES not in linked or (node.LABELS == "self" and is_other_localizer):
+            return
+        if found != int(linked[NUM_CLASSES]):
+            raise ValueError(
+                f"{NUM_CLASSES} is {found}, but with MODEL.SELF_BOX.LABELS {node.LABELS} there are "
+                f"{linked[NUM_CLASSES]} classes; leave the key out"
+            )
