@@ -41,8 +41,14 @@ INSTALL_REQUIRES = [
     "threadpoolctl>=3.1",
     "tqdm>=4.60",
 ]
-TEST = ["librosa>=0.10", "pytest>=7.4", "pytest-timeout>=2.2", "pytest-xdist>=3.5"]
-DEV = ["ruff==0.17.6"]
+DEV = [
+    "librosa>=0.10",
+    "pytest>=7.4",
+    "pytest-timeout>=2.2",
+    "pytest-xdist>=3.5",
+    # Another version may format otherwise.
+    "ruff==0.17.6",
+]
 
 setup(
     name="avdet2",
@@ -73,7 +79,7 @@ setup(
         # MODEL.META_ARCHITECTURE SelectiveSearch. Uninstall the other packages of OpenCV first: all
         # of them are one Python package, cv2.
         "selective-search": ["opencv-contrib-python-headless>=4.6"],
-        "test": TEST,
-        "dev": [*TEST, *DEV],
+        # Tests, lint and format.
+        "dev": DEV,
     },
 )

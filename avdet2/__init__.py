@@ -11,7 +11,11 @@ except ImportError as error:
         "`python tools/install_detectron2.py`, or build it from its repository."
     ) from error
 
-from avdet2 import data, evaluation, modeling  # noqa: F401
-from avdet2.config import add_avdet2_config  # noqa: F401
+from avdet2 import data, evaluation, modeling
+from avdet2.config import add_avdet2_config
+from avdet2.config_file import load_cfg
+from avdet2.data.clips.scan import register_av_clips
+
+__all__ = ["add_avdet2_config", "load_cfg", "register_av_clips"]
 
 __version__ = "0.1.0"

@@ -60,13 +60,14 @@ def _imported(*folders: str) -> set[str]:
 
 def test_setup_asks_for_what_is_imported_and_nothing_else():
     needed = _imported("avdet2", "datasets")
-    declared, for_tests = _declared("INSTALL_REQUIRES"), _declared("TEST")
+    declared, for_tests = _declared("INSTALL_REQUIRES"), _declared("DEV")
     assert {"torch", "opencv-python-headless", "pyyaml"} <= needed <= declared
     assert _imported("tools", "tests") <= declared | for_tests
     # Detectron2's, with ranges that it works with.
     assert declared - needed - _imported("tools") <= {"fvcore", "iopath", "pyarrow"}
-    # Plugins of pytest are not imported.
-    assert for_tests - _imported("tests", "tools") == {"pytest-timeout", "pytest-xdist"}
+    # Run, or loaded by pytest, and not imported.
+    commands = {"pytest-timeout", "pytest-xdist", "ruff"}
+    assert for_tests - _imported("tests", "tools") == commands
 
 
 @pytest.mark.parametrize("version", ["310", "311", "312"])
@@ -74,4 +75,4 @@ def test_every_package_is_pinned(version):
     pins = (ROOT / "requirements" / f"constraints-py{version}.txt").read_text().splitlines()
     pinned = {_normal(line.partition("==")[0]) for line in pins if "==" in line}
     # OpenCV's headless build is what is installed.
-    assert _declared("INSTALL_REQUIRES") | _declared("TEST") | {"ruff"} <= pinned
+    assert _declared("INSTALL_REQUIRES") | _declared("DEV") <= pinned

@@ -92,7 +92,7 @@ install_detectron2() {
 }
 
 install_avdet2() {
-  (cd "$ROOT" && pip_install -e ".[test]")
+  (cd "$ROOT" && pip_install -e ".[dev]")
   "$PYTHON" -m pip check
 }
 
@@ -125,7 +125,7 @@ for line in importlib.metadata.requires("avdet2"):
     # The other builds of OpenCV, such as opencv-python, serve as well.
     if name.startswith("opencv") and importlib.util.find_spec("cv2"):
         continue
-    if not marker or "test" in marker:
+    if not marker or "dev" in marker:
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

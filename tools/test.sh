@@ -17,4 +17,5 @@ if [[ "${1:-}" == "--slow" ]]; then
 fi
 # The tensors are small, and tests start processes of their own.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PYTHON" -m pytest -q "${marks[@]}" "$@"
+# Two processes: tests of a file share what they have made, so a file stays in one of them.
+exec "$PYTHON" -m pytest -q -n 2 --dist loadfile "${marks[@]}" "$@"

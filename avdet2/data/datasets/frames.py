@@ -103,7 +103,8 @@ def extract_frames(
         partial(_frames_of_clip, root=root), jobs, min(workers, len(jobs)), _crashed
     )
     sounds = {}
-    for (path, _), found in zip(jobs, tqdm(results, "Frames", len(jobs), unit="clip")):
+    # The results go first: their processes end when they are asked for one more.
+    for found, (path, _) in zip(tqdm(results, "Frames", len(jobs), unit="clip"), jobs):
         for name, seconds, problem in found:
             if problem:
                 missing[name] = problem

@@ -20,6 +20,8 @@ from avdet2.data.mappers.av_mapper import AVMapper, ClipSampler
 from avdet2.data.prepared.packed import ClipReader, PackSettings
 from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
 
+pytestmark = pytest.mark.slow
+
 WARM_UP, SAMPLES, PARTS = 200, 2000, 10
 # A crop has 9 kB and its sound 48 kB: one kept per sample would be 18 MB or more.
 MOST_BYTES = 4 << 20
