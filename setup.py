@@ -23,6 +23,7 @@ INSTALL_REQUIRES = [
     # 17 brought the choice of threads for converting frames; 19 has no metadata_errors, and its
     # resamplers keep their threads until they are garbage-collected.
     "av>=17,<19",
+    "faster-coco-eval>=1.6.5",
     "filelock>=3.12",
     "fvcore>=0.1.5,<0.1.6",
     # Detectron2 does not work with newer ones.

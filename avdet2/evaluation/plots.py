@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.integrate import trapezoid
 
-from avdet2.evaluation.detection.box_matching import IOUS
+from avdet2.evaluation.detection.average_precision import IOUS
 from avdet2.evaluation.detection.metrics import percent, precision_metrics
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from avdet2.evaluation import plots
-from avdet2.evaluation.detection.box_matching import evaluate_boxes
-from avdet2.evaluation.detection.coco_boxes import Truth, coco, read_results
-from avdet2.evaluation.detection.metrics import average_precisions
+from avdet2.evaluation.detection.average_precision import precision_of_boxes
+from avdet2.evaluation.detection.coco_boxes import coco
+from avdet2.evaluation.detection.metrics import objects_of, precision_metrics
 from avdet2.evaluation.naming.cluster_matching import ClusterMatching, match_clusters
 from avdet2.evaluation.plots import detection_curves, draw_results, per_class_table, read_run
 from task_eval import random_case
@@ -37,10 +37,9 @@ def case():
 @pytest.fixture(scope="module")
 def curves(case):
     api, results = case
-    truth, detections = Truth.of(api), read_results(api, results)
-    precision = evaluate_boxes(truth, detections).precision[..., 0]
-    objects = np.bincount(truth.labels[~truth.crowd], minlength=4)
-    agnostic = evaluate_boxes(truth, detections, class_agnostic=True).precision[..., 0]
+    precision = precision_of_boxes(api, results)[..., 0]
+    objects = np.bincount([ann["category_id"] - 1 for ann in objects_of(api)], minlength=4)
+    agnostic = precision_of_boxes(api, results, class_agnostic=True)[..., 0]
     return {
         "dataset": "made up",
         "class_aware": detection_curves(precision, NAMES, objects),
@@ -72,7 +71,8 @@ def run_folder(tmp_path, curves):
 
 def test_the_numbers_behind_the_curves_are_the_evaluator_s(case, curves):
     for kind, agnostic in (("class_aware", False), ("class_agnostic", True)):
-        metrics = average_precisions(*case, class_agnostic=agnostic)
+        precision = precision_of_boxes(*case, class_agnostic=agnostic)[..., 0]
+        metrics = precision_metrics(precision, None if agnostic else NAMES)
         drawn = curves[kind]
         points = dict(zip(drawn["iou"], drawn["AP"]))
         assert list(points) == [0.3, 0.35, 0.4, 0.45, *np.linspace(0.5, 0.95, 10).round(2)]

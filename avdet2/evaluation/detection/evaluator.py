@@ -7,25 +7,26 @@ import itertools
 import json
 import logging
 import os
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from pycocotools.coco import COCO
 
 from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import batched_nms
 from detectron2.utils.file_io import PathManager
 
-from avdet2.evaluation.detection.box_matching import AREAS, COCO_IOUS, evaluate_boxes
-from avdet2.evaluation.detection.coco_boxes import (
-    Detections,
-    Truth,
-    coco,
-    read_results,
-    select_images,
+from avdet2.evaluation.detection.average_precision import AREAS, COCO_IOUS, precision_of_boxes
+from avdet2.evaluation.detection.coco_boxes import check_results, coco, select_images
+from avdet2.evaluation.detection.metrics import (
+    object_metrics,
+    objects_of,
+    percent,
+    precision_metrics,
 )
-from avdet2.evaluation.detection.metrics import object_metrics, percent, precision_metrics
 from avdet2.evaluation.naming.cluster_matching import ClusterMatching
 from avdet2.evaluation.plots import CURVES, detection_curves
 
@@ -52,54 +53,26 @@ def map_clusters(results: list[dict], mapping: Sequence[int] | np.ndarray) -> li
     Returns:
         New results whose "category_id" is a class, in the order of `results`.
     """
-    number: dict[int, int] = {}
-    detections = Detections(
-        np.array([number.setdefault(x["image_id"], len(number)) for x in results], dtype=np.int64),
-        np.array([x["category_id"] for x in results], dtype=np.int64),
-        np.array([x["bbox"] for x in results], dtype=float).reshape(-1, 4),
-        np.array([x["score"] for x in results], dtype=float),
-    )
-    kept, classes = _classes_of(detections, mapping)
-    return _chosen(results, kept, classes)
-
-
-def _chosen(results: list[dict], kept: np.ndarray, classes: np.ndarray) -> list[dict]:
-    chosen = zip(kept.tolist(), classes.tolist())
-    return [{**results[index], "category_id": label} for index, label in chosen]
-
-
-def _classes_of(
-    detections: Detections, mapping: Sequence[int] | np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Indices and classes of the detections that :func:`map_clusters` keeps.
-    """
-    mapping = np.asarray(mapping)
-    classes = mapping[detections.labels]
-    kept = classes >= 0
-    # The extra last entry is what index -1 (no class) reads.
-    is_shared = np.append(np.bincount(mapping[mapping >= 0]) > 1, False)
-    competing = np.flatnonzero(is_shared[classes])
-    if competing.size:
-        kept[competing] = _survives(detections.take(competing, classes[competing]))
-    return np.flatnonzero(kept), classes[kept]
-
-
-def _survives(detections: Detections) -> np.ndarray:
-    """
-    Whether each detection is left by the non-maximum suppression within its image and class.
-    """
-    boxes = torch.from_numpy(detections.boxes).float()
-    boxes[:, 2:] += boxes[:, :2]
-    scores = torch.from_numpy(detections.scores).float()
-    labels = torch.from_numpy(detections.labels)
-    order = np.argsort(detections.images, kind="stable")
-    survives = torch.zeros(len(order), dtype=torch.bool)
-    ends = np.flatnonzero(np.diff(detections.images[order])) + 1
-    for of_image in map(torch.from_numpy, np.split(order, ends)):
-        winners = batched_nms(boxes[of_image], scores[of_image], labels[of_image], NMS_IOU)
-        survives[of_image[winners]] = True
-    return survives.numpy()
+    mapping = np.asarray(mapping).tolist()
+    named = [
+        {**result, "category_id": mapping[result["category_id"]]}
+        for result in results
+        if mapping[result["category_id"]] >= 0
+    ]
+    clusters_of = Counter(mapping)
+    competing = defaultdict(list)
+    for place, result in enumerate(named):
+        if clusters_of[result["category_id"]] > 1:
+            competing[result["image_id"]].append(place)
+    lost = set()
+    for places in competing.values():
+        boxes = torch.tensor([named[place]["bbox"] for place in places], dtype=torch.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        scores = torch.tensor([named[place]["score"] for place in places], dtype=torch.float32)
+        classes = torch.tensor([named[place]["category_id"] for place in places])
+        winners = batched_nms(boxes, scores, classes, NMS_IOU).tolist()
+        lost |= set(places) - {places[winner] for winner in winners}
+    return [result for place, result in enumerate(named) if place not in lost]
 
 
 class SelfSupervisedDetectionEvaluator(COCOEvaluator):
@@ -203,64 +176,59 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
         raw = list(itertools.chain.from_iterable(image["instances"] for image in predictions))
-        coco_gt = self._coco_api
-        detections = read_results(coco_gt, raw)
+        truth = self._coco_api
+        check_results(truth, raw)
         if self._matching is not None or self._class_agnostic_only:
             self._write("cluster_instances_results.json", raw)
         if self._matching is not None and self._output_dir:
             self._matching.to_json(os.path.join(self._output_dir, "cluster_matching.json"))
         if img_ids is not None:
-            coco_gt, raw = select_images(coco_gt, raw, img_ids)
-            detections = read_results(coco_gt, raw)
-        named = None
-        if not self._class_agnostic_only:
-            kept, classes = _classes_of(detections, self._mapping)
-            classes = self._dataset_ids()[classes]
-            named = detections.take(kept, classes)
-            if self._output_dir:
-                self._write("coco_instances_results.json", _chosen(raw, kept, classes))
+            truth, raw = select_images(truth, raw, img_ids)
+        named = None if self._class_agnostic_only else self._named(raw)
+        if named is not None:
+            self._write("coco_instances_results.json", named)
         if self._do_evaluation:
-            self._evaluate_boxes(Truth.of(coco_gt), _merge_clusters(detections), named)
+            self._evaluate_boxes(truth, named, _merge_clusters(raw))
 
-    def _evaluate_boxes(self, truth: Truth, merged: Detections, named: Detections | None) -> None:
+    def _named(self, results: list[dict]) -> list[dict]:
+        """
+        The detections that have a class, with the data set's category of it.
+        """
+        to_contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        category_of = {index: category for category, index in to_contiguous.items()}
+        named = map_clusters(results, self._mapping)
+        for result in named:
+            result["category_id"] = category_of.get(result["category_id"], result["category_id"])
+        return named
+
+    def _evaluate_boxes(self, truth: COCO, named: list[dict] | None, merged: list[dict]) -> None:
         """
         Fill in the results.
 
         Args:
             truth: of the data set.
+            named: detections that have a class of the data set, or None for a class-agnostic
+                evaluation.
             merged: all detections, as of one class.
-            named: those that have a class of the data set, or None for a class-agnostic evaluation.
         """
-        curves = {"dataset": self._metadata.name}
+        curves: dict = {"dataset": self._metadata.name}
         if named is not None:
-            precision = evaluate_boxes(truth, named, areas=AREAS).precision
-            names = self._class_names()
-            objects = np.bincount(truth.labels[~truth.crowd], minlength=len(names)).tolist()
+            precision, names = precision_of_boxes(truth, named, areas=AREAS), self._class_names()
+            number = Counter(ann["category_id"] for ann in objects_of(truth))
+            objects = [number[category] for category in sorted(truth.cats)]
             curves["class_aware"] = detection_curves(precision[..., 0], names, objects)
             self._results["bbox"] = self._derive_coco_results(_as_coco(precision), "bbox", names)
-        precision = evaluate_boxes(truth, merged, class_agnostic=True).precision[..., 0]
+        precision = precision_of_boxes(truth, merged, class_agnostic=True)[..., 0]
         curves["class_agnostic"] = detection_curves(precision)
         self._write(CURVES, curves)
-        self._results["bbox_agnostic"] = precision_metrics(precision, None)
-        agnostic = {key: round(ap, 3) for key, ap in self._results["bbox_agnostic"].items()}
-        logger.info("Class-agnostic: %s", agnostic)
-        if (truth.sounding >= 0).any():
+        agnostic = self._results["bbox_agnostic"] = precision_metrics(precision, None)
+        logger.info("Class-agnostic: %s", {key: round(ap, 3) for key, ap in agnostic.items()})
+        if any(ann.get("sounding") in (0, 1) for ann in truth.dataset["annotations"]):
             metrics = object_metrics(truth, merged, class_agnostic=True)
             metrics = {f"{key}_agnostic": value for key, value in metrics.items()}
             if named is not None:
                 metrics = object_metrics(truth, named, class_agnostic=False) | metrics
             self._results["bbox_objects"] = metrics
-
-    def _dataset_ids(self) -> np.ndarray:
-        """
-        The data set's category of each class.
-        """
-        classes = np.arange(len(self._class_names()))
-        to_contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if to_contiguous is None:
-            return classes
-        dataset_id = {index: category for category, index in to_contiguous.items()}
-        return np.array([dataset_id[index] for index in classes.tolist()])
 
     def _write(self, name: str, content: list | dict) -> None:
         if self._output_dir:
@@ -285,22 +253,20 @@ def _as_coco(precision: np.ndarray) -> SimpleNamespace:
     shape (14, 101, classes, 4) itself.
     """
     at_coco_ious = precision[-len(COCO_IOUS) :]
-    aps = [percent(at_coco_ious[..., 0]), percent(at_coco_ious[0, ..., 0])]
-    aps += [percent(at_coco_ious[5, ..., 0])]
-    aps += [percent(at_coco_ious[..., area]) for area in (1, 2, 3)]
+    parts = [at_coco_ious[..., 0], at_coco_ious[0, ..., 0], at_coco_ious[5, ..., 0]]
+    parts += [at_coco_ious[..., area] for area in (1, 2, 3)]
     # COCOeval has fractions, and -1 where there is nothing to count.
-    stats = np.nan_to_num(np.array(aps) / 100, nan=-1)
+    stats = np.nan_to_num(np.array([percent(part) for part in parts]) / 100, nan=-1)
     return SimpleNamespace(
         stats=stats, eval={"precision": at_coco_ious[..., None]}, precision=precision
     )
 
 
-def _merge_clusters(detections: Detections) -> Detections:
+def _merge_clusters(results: list[dict]) -> list[dict]:
     """
     The detections of all clusters as those of one class.
     """
-    present = np.unique(detections.labels)
     # Only clusters that occur: detections of a single one have competed already.
-    mapping = np.full(present.max(initial=-1) + 1, -1)
-    mapping[present] = 0
-    return detections.take(*_classes_of(detections, mapping))
+    present = {result["category_id"] for result in results}
+    mapping = [0 if k in present else -1 for k in range(max(present, default=-1) + 1)]
+    return map_clusters(results, mapping)

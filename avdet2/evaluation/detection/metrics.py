@@ -2,25 +2,26 @@
 """
 Detection metrics on COCO ground truth and COCO results. All numbers are percentages, and NaN where
 the ground truth has nothing to count.
-
-The evaluator works on arrays (:func:`precision_metrics`, :func:`object_metrics`). The functions
-that take COCO objects define the same numbers, for results that are at hand.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
 
-from avdet2.evaluation.detection.box_matching import COCO_IOUS, evaluate_boxes
-from avdet2.evaluation.detection.coco_boxes import Detections, Truth, read_results
+from avdet2.evaluation.detection.average_precision import (
+    COCO_IOUS,
+    find_objects,
+    precision_of_boxes,
+)
+from avdet2.evaluation.detection.coco_boxes import select_images
 
 __all__ = [
-    "average_precisions",
     "multi_object_rate",
     "object_metrics",
-    "per_class",
+    "objects_of",
     "percent",
     "precision_metrics",
     "silent_recall",
@@ -28,172 +29,104 @@ __all__ = [
 ]
 
 
-def average_precisions(
-    coco_gt: COCO, results: list[dict], class_agnostic: bool = False
-) -> dict[str, float]:
+def precision_metrics(precision: np.ndarray, names: Sequence[str] | None) -> dict[str, float]:
     """
-    COCO's average precision (101 recall points, all areas, 100 detections per image).
+    COCO's average precisions (101 recall points, all areas, 100 detections per image).
 
     Means are over the classes that have ground truth. A class without detections counts 0; one
     whose boxes are all `iscrowd`, or that has none, does not count. AP30 is not part of the mean
     AP. A box that reaches outside the frame is compared as it is.
 
     Args:
-        coco_gt: the ground truth.
-        results: COCO results: dicts of "image_id", "category_id", "bbox" (x, y, width, height in
-            pixels) and "score". May be empty.
-        class_agnostic: take all classes, of ground truth and results, as one.
-
-    Returns:
-        "AP" (mean over IoU .50:.05:.95), "AP50", "AP75" and "AP30", and unless class-agnostic,
-        "AP-<name>", "AP50-<name>" and "AP30-<name>" for each class, NaN for one without ground
-        truth.
-
-    Raises:
-        ValueError: a result with an unknown image or class, a score or box that is not finite, or a
-            negative width or height.
-    """
-    detections = read_results(coco_gt, results, None if class_agnostic else coco_gt.cats)
-    precision = evaluate_boxes(Truth.of(coco_gt), detections, class_agnostic).precision[..., 0]
-    names = [coco_gt.cats[category]["name"] for category in sorted(coco_gt.getCatIds())]
-    return precision_metrics(precision, None if class_agnostic else names)
-
-
-def precision_metrics(precision: np.ndarray, names: Sequence[str] | None) -> dict[str, float]:
-    """
-    The average precisions that :func:`average_precisions` returns.
-
-    Args:
         precision: of shape (14, 101, C), at the thresholds IOUS; -1 for no ground truth.
         names: of the C classes; None leaves out what is per class.
+
+    Returns:
+        "AP" (mean over IoU .50:.05:.95), "AP50", "AP75" and "AP30"; with names also "AP-<name>",
+        "AP50-<name>" and "AP30-<name>" for each class, NaN for one without ground truth.
     """
-    # AP is the mean over COCO's thresholds: 0.3 must not enter it.
     at_coco_ious = precision[-len(COCO_IOUS) :]
-    metrics = {
-        "AP": percent(at_coco_ious),
-        "AP50": percent(at_coco_ious[0]),
-        "AP75": percent(at_coco_ious[5]),
-        "AP30": percent(precision[0]),
-    }
-    if names is not None:
-        metrics |= per_class("AP", names, at_coco_ious)
-        metrics |= per_class("AP50", names, at_coco_ious[:1])
-        metrics |= per_class("AP30", names, precision[:1])
+    kinds = {"AP": at_coco_ious, "AP50": at_coco_ious[0], "AP75": at_coco_ious[5]}
+    kinds["AP30"] = precision[0]
+    metrics = {key: percent(values) for key, values in kinds.items()}
+    for key in ("AP", "AP50", "AP30") if names is not None else ():
+        metrics |= {f"{key}-{name}": percent(kinds[key][..., c]) for c, name in enumerate(names)}
     return metrics
 
 
-def silent_recall(
-    coco_gt: COCO,
-    results: list[dict],
-    score: float = 0.3,
-    iou: float = 0.5,
-    class_agnostic: bool = False,
-) -> dict[str, float]:
+def object_metrics(truth: COCO, results: list[dict], class_agnostic: bool) -> dict[str, float]:
+    """
+    :func:`silent_recall`, :func:`multi_object_rate`, and AP50 on :func:`single_object_images`.
+
+    Args:
+        truth, results, class_agnostic: see
+            :func:`avdet2.evaluation.detection.average_precision.precision_of_boxes`.
+    """
+    found = find_objects(truth, results, class_agnostic)
+    single = select_images(truth, results, single_object_images(truth))
+    return silent_recall(truth, found) | {
+        "multi_object_rate": multi_object_rate(truth, found),
+        "AP50_single": percent(precision_of_boxes(*single, class_agnostic, ious=[0.5])),
+    }
+
+
+def silent_recall(truth: COCO, found: Collection[int]) -> dict[str, float]:
     """
     Shares of silent and of sounding objects that are found.
 
-    Objects are told apart by the key "sounding" (0 or 1) of their annotation. A detection finds at
-    most one object, as in COCO's AP.
+    Objects are told apart by the key "sounding" (0 or 1) of their annotation.
 
     Args:
-        coco_gt: the ground truth.
-        results: COCO results, see :func:`average_precisions`.
-        score: detections below this score do not count.
-        iou: the least overlap.
-        class_agnostic: the class of the detection need not be the object's.
+        truth: the ground truth.
+        found: ids of annotations, of
+            :func:`avdet2.evaluation.detection.average_precision.find_objects`.
 
     Returns:
         "silent_recall", "sounding_recall", and "unheard_recall": the recall of silent objects whose
         class is not heard in their image. Of two objects of one class no sound tells which one it
         comes from, so a self-box may well be on the silent one.
-
-    Raises:
-        ValueError: see :func:`average_precisions`.
     """
-    detections = read_results(coco_gt, results, None if class_agnostic else coco_gt.cats)
-    truth = Truth.of(coco_gt)
-    return _recalls(truth, _found(truth, detections, score, iou, class_agnostic))
+    heard = {_kind(ann) for ann in truth.dataset["annotations"] if ann.get("sounding") == 1}
+    silent = [ann for ann in objects_of(truth) if ann.get("sounding") == 0]
+    sounding = [ann for ann in objects_of(truth) if ann.get("sounding") == 1]
+    unheard = [ann for ann in silent if _kind(ann) not in heard]
+    groups = {"silent_recall": silent, "sounding_recall": sounding, "unheard_recall": unheard}
+    return {key: _share(ann["id"] in found for ann in anns) for key, anns in groups.items()}
 
 
-def multi_object_rate(
-    coco_gt: COCO,
-    results: list[dict],
-    score: float = 0.3,
-    iou: float = 0.5,
-    class_agnostic: bool = False,
-) -> float:
+def multi_object_rate(truth: COCO, found: Collection[int]) -> float:
     """
     Share of the images with two or more objects in which two or more different objects are found.
 
-    Arguments and errors are those of :func:`silent_recall`.
+    Args:
+        truth, found: see :func:`silent_recall`.
     """
-    detections = read_results(coco_gt, results, None if class_agnostic else coco_gt.cats)
-    truth = Truth.of(coco_gt)
-    return _share_with_several(truth, _found(truth, detections, score, iou, class_agnostic))
+    number = Counter(ann["image_id"] for ann in objects_of(truth))
+    hits = Counter(ann["image_id"] for ann in objects_of(truth) if ann["id"] in found)
+    return _share(hits[image] >= 2 for image, objects in number.items() if objects >= 2)
 
 
-def single_object_images(coco_gt: COCO) -> list[int]:
+def single_object_images(truth: COCO) -> list[int]:
     """
     The ids of the images with exactly one annotation, which is no crowd.
     """
-    truth = Truth.of(coco_gt)
-    return [truth.image_ids[image] for image in np.flatnonzero(_has_one_object(truth))]
+    number = Counter(ann["image_id"] for ann in truth.dataset["annotations"])
+    return [ann["image_id"] for ann in objects_of(truth) if number[ann["image_id"]] == 1]
 
 
-def object_metrics(truth: Truth, detections: Detections, class_agnostic: bool) -> dict[str, float]:
+def objects_of(truth: COCO) -> list[dict]:
     """
-    :func:`silent_recall`, :func:`multi_object_rate`, and AP50 on :func:`single_object_images`.
+    The annotations that are to be found: all but crowds.
     """
-    found = _found(truth, detections, class_agnostic=class_agnostic)
-    chosen = _has_one_object(truth)
-    single = truth.take(chosen[truth.images]), detections.take(chosen[detections.images])
-    precision = evaluate_boxes(*single, class_agnostic, ious=[0.5]).precision
-    return _recalls(truth, found) | {
-        "multi_object_rate": _share_with_several(truth, found),
-        "AP50_single": percent(precision),
-    }
+    return [ann for ann in truth.dataset["annotations"] if not ann["iscrowd"]]
 
 
-def _has_one_object(truth: Truth) -> np.ndarray:
-    """
-    A mask of the images.
-    """
-    number = np.bincount(truth.images, minlength=len(truth.image_ids))
-    crowds = np.bincount(truth.images[truth.crowd], minlength=len(truth.image_ids))
-    return (number == 1) & (crowds == 0)
+def _kind(annotation: dict) -> tuple:
+    return annotation["image_id"], annotation["category_id"]
 
 
-def _found(
-    truth: Truth,
-    detections: Detections,
-    score: float = 0.3,
-    iou: float = 0.5,
-    class_agnostic: bool = False,
-) -> np.ndarray:
-    """
-    A mask of the annotations that a detection is matched to.
-    """
-    confident = detections.take(detections.scores >= score)
-    return evaluate_boxes(truth, confident, class_agnostic, [iou]).found[0]
-
-
-def _recalls(truth: Truth, found: np.ndarray) -> dict[str, float]:
-    silent, sounding = (~truth.crowd & (truth.sounding == value) for value in (0, 1))
-    kinds = truth.images * len(truth.categories) + truth.labels
-    has_twin = np.isin(kinds, kinds[truth.sounding == 1])
-    return {
-        "silent_recall": percent(found[silent]),
-        "sounding_recall": percent(found[sounding]),
-        "unheard_recall": percent(found[silent & ~has_twin]),
-    }
-
-
-def _share_with_several(truth: Truth, found: np.ndarray) -> float:
-    number, hits = (
-        np.bincount(truth.images[mask & ~truth.crowd], minlength=len(truth.image_ids))
-        for mask in (np.ones_like(found), found)
-    )
-    return percent(hits[number >= 2] >= 2)
+def _share(hits: Iterable[bool]) -> float:
+    return percent(np.array(list(hits), dtype=float))
 
 
 def percent(values: np.ndarray) -> float:
@@ -202,10 +135,3 @@ def percent(values: np.ndarray) -> float:
     """
     values = values[values > -1]
     return 100 * float(values.mean()) if values.size else math.nan
-
-
-def per_class(metric: str, names: Sequence[str], precision: np.ndarray) -> dict[str, float]:
-    """
-    `metric`-<name> for each class, from precision of shape (IoUs, 101, classes).
-    """
-    return {f"{metric}-{name}": percent(precision[:, :, c]) for c, name in enumerate(names)}
