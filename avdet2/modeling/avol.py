@@ -103,7 +103,7 @@ def _conv(in_channels: int, out_channels: int, stride: int, norm: str) -> Conv2d
         padding=1,
         bias=False,
         norm=get_norm(norm, out_channels),
-        activation=F.relu,
+        activation=nn.ReLU(),
     )
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv

@@ -3,14 +3,42 @@
 The heads on top of the two encoders.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, get_norm
 
 Array = np.ndarray | torch.Tensor
+
+
+class HeadSettings(NamedTuple):
+    """
+    What the four heads have in common.
+
+    Attributes:
+        hidden_dim: width of the hidden layer.
+        embed_dim: D, length of the embeddings.
+        num_clusters: K.
+        norm: a name that :func:`detectron2.layers.get_norm` knows.
+        dropout: probability, in front of both layers (SeLaVi uses 0.3).
+    """
+
+    hidden_dim: int
+    embed_dim: int
+    num_clusters: int
+    norm: str
+    dropout: float
+
+    @classmethod
+    def from_config(cls, node: CfgNode) -> "HeadSettings":
+        """
+        Those of cfg.MODEL.LOCALIZER.
+        """
+        return cls(node.HIDDEN_DIM, node.EMBED_DIM, node.NUM_CLUSTERS, node.NORM, node.DROPOUT)
 
 
 class MLPHead(nn.Sequential):
@@ -21,33 +49,26 @@ class MLPHead(nn.Sequential):
     f^v and, with h = w = 1, the pooled vectors of f^a, g^v and g^a.
     """
 
-    def __init__(
-        self, in_channels: int, hidden_dim: int, out_channels: int, norm: str, dropout: float
-    ) -> None:
+    def __init__(self, in_channels: int, settings: HeadSettings, out_channels: int) -> None:
         """
         Args:
             in_channels: channels of the encoder.
-            hidden_dim: width of the hidden layer.
+            settings: hidden_dim, norm and dropout are used.
             out_channels: 128 for localisation, K for clustering.
-            norm: a name that :func:`detectron2.layers.get_norm` knows.
-            dropout: probability, in front of both layers (SeLaVi uses 0.3).
         """
         hidden = Conv2d(
             in_channels,
-            hidden_dim,
+            settings.hidden_dim,
             kernel_size=1,
             bias=False,
-            norm=get_norm(norm, hidden_dim),
-            activation=F.relu,
+            norm=get_norm(settings.norm, settings.hidden_dim),
+            activation=nn.ReLU(),
         )
         nn.init.kaiming_normal_(hidden.weight, mode="fan_out", nonlinearity="relu")
-        out = Conv2d(hidden_dim, out_channels, kernel_size=1)
-        layers = [hidden, out] if dropout == 0 else _with_dropout(hidden, out, dropout)
+        layers = [hidden, Conv2d(settings.hidden_dim, out_channels, kernel_size=1)]
+        if settings.dropout:
+            layers = [x for layer in layers for x in (nn.Dropout(settings.dropout), layer)]
         super().__init__(*layers)
-
-
-def _with_dropout(hidden: nn.Module, out: nn.Module, dropout: float) -> list[nn.Module]:
-    return [nn.Dropout(dropout), hidden, nn.Dropout(dropout), out]
 
 
 def global_pool(features: torch.Tensor) -> torch.Tensor:

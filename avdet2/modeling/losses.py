@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Eq. 1 and 2: the noise-contrastive loss over pairs of frames and sounds, and the clustering loss.
+What objectives share (the temperature, heatmaps, scores of pairs), and eq. 2, the clustering loss.
 """
 
 import math
@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from detectron2.utils import comm
-
-from avdet2.utils.collectives import all_gather_with_grad, exchange_columns
 
 POOLS = ("max", "avg", "attention")
 
@@ -127,66 +125,6 @@ def pair_scores(visual: torch.Tensor, audio: torch.Tensor, pool: str) -> torch.T
         # The average of the heatmap is the heatmap of the average: one matrix product.
         return visual.mean(dim=(2, 3)) @ audio.t()
     return pool_responses(torch.matmul(audio, visual.flatten(2)), pool)
-
-
-class NCELoss(nn.Module):
-    """
-    Eq. 1: the mean of both directions' cross-entropies over the pairs of a batch.
-
-    With several processes and ``gather``, the batch is that of all processes; every process
-    returns the loss of its own pairs, and gradients averaged over processes (as DDP does) are
-    those of the loss over the global batch.
-
-    Without ``gather_gradients`` the losses are the same, but what comes from other processes is
-    constant: their sounds in the rows, and in the columns their rows. The averaged gradients are
-    then those of the mean of the processes' losses with these constants. They lack the terms in
-    which a pair is another process's negative, and that of a sound against other processes' frames;
-    the backward pass has no communication but DDP's.
-    """
-
-    name = "nce"
-
-    def __init__(
-        self,
-        temperature: Temperature,
-        pool: str = "max",
-        gather: bool = True,
-        gather_gradients: bool = True,
-    ) -> None:
-        """
-        Args:
-            temperature: gives 1 / rho.
-            pool: see :func:`pool_responses`.
-            gather: take negatives from all processes.
-            gather_gradients: and send them their gradients.
-        """
-        super().__init__()
-        check_pool(pool)
-        self.temperature, self.pool = temperature, pool
-        self.gather, self.gather_gradients = gather, gather_gradients
-
-    def forward(
-        self, visual: torch.Tensor, audio: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            visual: of shape (N, D, h, w).
-            audio: of shape (N, D).
-
-        Returns:
-            tuple: the loss, and the share of frames whose own sound scores highest, both scalars.
-        """
-        offset = 0
-        rows_audio = audio
-        if self.gather:
-            offset = comm.get_rank() * len(audio)
-            rows_audio = all_gather_with_grad(audio, self.gather_gradients)
-        rows = pair_scores(visual, rows_audio, self.pool) * self.temperature()
-        columns = exchange_columns(rows, self.gather_gradients) if self.gather else rows
-        target = torch.arange(offset, offset + len(audio), device=audio.device)
-        loss = (F.cross_entropy(rows, target) + F.cross_entropy(columns.t(), target)) / 2
-        accuracy = (rows.detach().argmax(dim=1) == target).float().mean()
-        return loss, accuracy
 
 
 def check_pool(pool: str) -> None:

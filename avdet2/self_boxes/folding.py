@@ -49,8 +49,8 @@ def fold_batch_norms(model: _Model) -> _Model:
             )
             conv.norm = None
             # Nobody else sees what the convolution returned.
-            if conv.activation in (F.relu, F.relu_):
-                conv.activation = F.relu_
+            if conv.activation is F.relu or isinstance(conv.activation, nn.ReLU):
+                conv.activation = nn.ReLU(inplace=True)
     return model
 
 

@@ -3,13 +3,47 @@
 The trained localizer as a frozen teacher.
 """
 
+from typing import Any
+
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from avdet2.checkpoint.reading import load_weights
-from avdet2.config_file import load_cfg
+from avdet2.config_file import flat_items, load_cfg
 from avdet2.modeling.meta_arch import AVLocalizer
+from avdet2.modeling.objectives import build_objective
+
+# Parts of a localizer's config that its heatmaps and clusters depend on, beside the weights and the
+# objective's own keys. Not all of the networks' keys change what shape the weights have.
+_HEATMAP_KEYS = (
+    "INPUT.AV.",
+    "INPUT.FORMAT",
+    "MODEL.PIXEL_",
+    "MODEL.BACKBONE.NAME",
+    "MODEL.AVOL.",
+    "MODEL.RESNETS.",
+    "MODEL.FPN.",
+    "MODEL.LOCALIZER.AUDIO_ENCODER.",
+    "MODEL.LOCALIZER.OBJECT_DICTIONARY",
+    "MODEL.LOCALIZER.SPECTROGRAM.",
+    "MODEL.LOCALIZER.VISUAL_FEATURE",
+)
+
+
+def heatmap_config(cfg: CfgNode) -> dict[str, Any]:
+    """
+    What a localizer's heatmaps and clusters depend on, beside its weights.
+
+    Args:
+        cfg: the localizer's.
+
+    Returns:
+        dict: values by key, such as "INPUT.AV.FRAME_SIZE".
+    """
+    own = {f"MODEL.LOCALIZER.{key}" for key in build_objective(cfg.MODEL.LOCALIZER).heatmap_keys}
+    items = flat_items(cfg)
+    return {key: value for key, value in items if key in own or key.startswith(_HEATMAP_KEYS)}
 
 
 def load_localizer(

@@ -76,6 +76,15 @@ def test_a_localizer_may_start_from_one_of_the_same_shape(trained, tmp_path):
     check_hand_over(build_model(cfg), weights)
 
 
+def test_a_localizer_may_start_from_one_of_an_older_version(trained, tmp_path):
+    old = {name.replace("objective.", "nce."): x for name, x in trained.state_dict().items()}
+    torch.save({"model": old}, tmp_path / "old.pth")
+    check_hand_over(trained, str(tmp_path / "old.pth"))
+    torch.save({"model": {**old, "nce.more": torch.zeros(1)}}, tmp_path / "old.pth")
+    with pytest.raises(ValueError, match=r" 1 tensors .*objective\.more"):
+        check_hand_over(trained, str(tmp_path / "old.pth"))
+
+
 def test_a_localizer_does_not_start_from_a_different_one(trained, tmp_path):
     weights = _paths(tmp_path)[1]
     cfg = small_cfg()

@@ -11,7 +11,8 @@ from detectron2.utils.events import EventStorage
 
 from avdet2.config import add_avdet2_config
 from avdet2.engine import AVTrainer, load_cfg
-from avdet2.modeling.losses import NCELoss, Temperature, clustering_loss
+from avdet2.modeling.losses import Temperature, clustering_loss
+from avdet2.modeling.objectives import NCELoss
 from avdet2.modeling.self_box import heatmaps_to_boxes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -70,7 +71,7 @@ def test_heatmaps_and_scores_of_a_variant(name):
     features = model.extract(*model.preprocess(batch))
     expected = torch.einsum("ndhw,nd->nhw", features.visual, features.audio)
     if name == "objects_that_sound":
-        model.nce.shift.fill_(-0.5)
+        model.objective.shift.fill_(-0.5)
         expected = torch.sigmoid(expected / 0.07 - 0.5)
     if not VARIANTS[name].get("NORMALIZE", True):
         assert features.audio.norm(dim=1).min() > 2
@@ -82,11 +83,11 @@ def test_heatmaps_and_scores_of_a_variant(name):
 
 def test_what_checkpoints_hold_of_the_objective():
     def names(**keys):
-        return {name for name in small_model(**keys).state_dict() if name.startswith("nce")}
+        return {name for name in small_model(**keys).state_dict() if name.startswith("objective")}
 
-    # Checkpoints of the default, of whatever version, have this one.
-    assert names() == {"nce.temperature.rho_scale"}
-    assert names(**VARIANTS["objects_that_sound"]) == {"nce.temperature.rho_scale", "nce.shift"}
+    rho = "objective.temperature.rho_scale"
+    assert names() == {rho}
+    assert names(**VARIANTS["objects_that_sound"]) == {rho, "objective.shift"}
     assert names(**VARIANTS["attention"]) == set()
 
 

@@ -51,7 +51,7 @@ def _watch(model) -> dict:
 
         module.register_forward_hook(hook)
 
-    for name in ("spectrogram", "visual_encoder", "audio_encoder", "loc_v", "cls_a", "nce"):
+    for name in ("spectrogram", "visual_encoder", "audio_encoder", "loc_v", "cls_a", "objective"):
         watch(name, getattr(model, name))
     return seen
 
@@ -72,7 +72,7 @@ def _check_precision(device: str) -> None:
     assert seen["spectrogram"] == ({torch.int16}, single)
     assert seen["visual_encoder"] == seen["audio_encoder"] == (single, half)
     assert seen["loc_v"] == seen["cls_a"] == (half, half)
-    assert seen["nce"] == (single, single)
+    assert seen["objective"] == (single, single)
     assert {x.dtype for x in features} == single
     norm = features.visual.norm(dim=1)
     torch.testing.assert_close(norm, torch.ones_like(norm))

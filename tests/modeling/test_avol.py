@@ -75,7 +75,7 @@ def test_each_convolution_is_followed_by_norm_and_relu():
     for conv in convs:
         assert conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.bias is None
         assert isinstance(conv.norm, torch.nn.BatchNorm2d)
-        assert conv.activation is F.relu
+        assert isinstance(conv.activation, torch.nn.ReLU)
 
 
 def test_the_forward_pass_is_that_of_a_plain_network():

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from avdet2.modeling.heads import MLPHead, global_pool, joint_cluster
+from avdet2.modeling.heads import HeadSettings, MLPHead, global_pool, joint_cluster
+
+
+def _head(
+    out_channels: int, in_channels: int = 12, hidden_dim: int = 16, dropout: float = 0.0
+) -> MLPHead:
+    return MLPHead(in_channels, HeadSettings(hidden_dim, 7, 9, "BN", dropout), out_channels)
 
 
 def _num_parameters(module) -> int:
@@ -38,13 +44,13 @@ def _linear_twin(head: MLPHead) -> nn.Sequential:
     ("out_channels", "count"), [(128, 328_832), (39, 283_175), (30, 278_558), (300, 417_068)]
 )
 def test_number_of_parameters(out_channels, count):
-    assert _num_parameters(MLPHead(512, 512, out_channels, "BN", 0.0)) == count
+    assert _num_parameters(_head(out_channels, 512, 512)) == count
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_head_on_pooled_vectors_is_a_linear_mlp(training):
     torch.manual_seed(0)
-    head = MLPHead(12, 16, 5, "BN", 0.0)
+    head = _head(5)
     _randomize_norm(head)
     twin = _linear_twin(head)
     head.train(training)
@@ -57,7 +63,7 @@ def test_a_head_on_pooled_vectors_is_a_linear_mlp(training):
 
 def test_a_head_on_a_map_treats_every_location_alike():
     torch.manual_seed(0)
-    head = MLPHead(12, 16, 5, "BN", 0.0).eval()
+    head = _head(5).eval()
     _randomize_norm(head)
     twin = _linear_twin(head).eval()
     x = torch.randn(2, 12, 3, 4)
@@ -70,7 +76,7 @@ def test_a_head_on_a_map_treats_every_location_alike():
 
 def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
-    plain, dropped = MLPHead(12, 16, 5, "BN", 0.0), MLPHead(12, 16, 5, "BN", 0.3)
+    plain, dropped = _head(5), _head(5, dropout=0.3)
     assert [type(m) for m in dropped].count(nn.Dropout) == 2
     # Dropout stands in front of both layers, so names differ and the order of tensors does not.
     state = dict(zip(dropped.state_dict(), plain.state_dict().values()))

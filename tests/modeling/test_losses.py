@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from detectron2.utils import comm
 
 from avdet2.modeling.losses import (
-    NCELoss,
     Temperature,
     attention,
     clustering_loss,
@@ -20,6 +19,7 @@ from avdet2.modeling.losses import (
     pair_scores,
     pool_responses,
 )
+from avdet2.modeling.objectives import NCELoss
 
 PAIRS, DIM, HEIGHT, WIDTH = 12, 5, 3, 4
 POOLS = ("max", "avg", "attention")

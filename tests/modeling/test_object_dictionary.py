@@ -215,7 +215,7 @@ def test_a_localizer_with_a_dictionary(dictionary, keys):
 @torch.no_grad()
 def test_two_objects_get_a_box_each(dictionary):
     model, (inputs,) = _localizer(dictionary).eval(), _pairs(1)
-    objects = model.objects
+    objects = model.sounding.objects
     visual, heat = torch.zeros(1, DIM, 8, 8), torch.zeros(1, 8, 8)
     visual[0, :, 1:3, 6], heat[0, 1:3, 6] = objects[4][:, None], 0.9
     visual[0, :, 5:7, :2], heat[0, 5:7, :2] = objects[7][:, None, None], 0.8

@@ -2,12 +2,21 @@
 import numpy as np
 import pytest
 import torch
+from small_localizer import pair_samples, small_model
 
 from detectron2.config import get_cfg
+from detectron2.utils.events import EventStorage
 
 from avdet2.config import add_avdet2_config
-from avdet2.modeling.losses import NCELoss, Temperature
-from avdet2.modeling.objectives import CorrespondenceLoss, TripletLoss, build_objective
+from avdet2.modeling.losses import Temperature, heatmaps
+from avdet2.modeling.objectives import (
+    OBJECTIVE_REGISTRY,
+    CorrespondenceLoss,
+    NCELoss,
+    Objective,
+    TripletLoss,
+    build_objective,
+)
 
 PAIRS, DIM, HEIGHT, WIDTH = 5, 4, 3, 2
 
@@ -135,7 +144,7 @@ def test_the_config_chooses():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"OBJECTIVE": "mse"}, "OBJECTIVE must be nce, bce or triplet, not 'mse'"),
+        ({"OBJECTIVE": "mse"}, "OBJECTIVE must be one of bce, nce, triplet, not 'mse'"),
         ({"OBJECTIVE": "triplet"}, "POOL attention, not 'max'"),
         ({"OBJECTIVE": "triplet", "POOL": "attention", "MARGIN": -1.0}, "MARGIN"),
         ({"OBJECTIVE": "bce", "POOL": "mean"}, "POOL must be one of max, avg, attention"),
@@ -145,3 +154,59 @@ def test_the_config_chooses():
 def test_what_cannot_be_is_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         _build(**keys)
+
+
+@pytest.mark.parametrize("name", ["nce", "bce", "triplet"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_heatmaps_and_confidences(name, normalize):
+    objective = _build(OBJECTIVE=name, POOL="attention", NORMALIZE=normalize)
+    raw = [part.float() for part in _features()]
+    visual, audio = objective.embed(*raw)
+    lengths = audio.norm(dim=1)
+    assert torch.allclose(lengths, torch.ones(PAIRS) if normalize else raw[1].norm(dim=1))
+    maps = objective.heatmaps(visual, audio)
+    products = np.einsum("ndhw,nd->nhw", visual.numpy(), audio.numpy())
+    expected = _sigmoid(products / 0.07) if name == "bce" else products
+    np.testing.assert_allclose(maps.detach(), expected, rtol=1e-4, atol=1e-6)
+    confidences = objective.confidence(maps).detach()
+    assert 0 <= confidences.min() and confidences.max() <= 1
+    # In the same order: where one place is more certain than another, its heat is higher.
+    order = maps.detach().flatten().argsort()
+    assert (confidences.flatten()[order].diff() >= 0).all()
+
+
+def test_a_new_objective_is_a_class_and_a_name():
+    class Distance(Objective):
+        name = "distance"
+
+        def forward(self, visual, audio):
+            distance = (visual.mean(dim=(2, 3)) - audio).square().sum(dim=1)
+            return distance.mean(), (distance < 1).float().mean()
+
+        def heatmaps(self, visual, audio):
+            return 3 * heatmaps(visual, audio)
+
+        def metrics(self, accuracy):
+            return {**super().metrics(accuracy), "three": 3.0}
+
+    def distance(node):
+        return Distance(normalize=False)
+
+    OBJECTIVE_REGISTRY.register(distance)
+    try:
+        model, batch = small_model(OBJECTIVE="distance", LAMBDA=1.0), pair_samples()
+    finally:
+        OBJECTIVE_REGISTRY._obj_map.pop("distance")
+    with EventStorage() as storage:
+        losses = model(batch)
+        logged = {key: value for key, (value, _) in storage.latest().items()}
+    features = model.extract(*model.preprocess(batch))
+    expected = (features.visual.mean(dim=(2, 3)) - features.audio).square().sum(dim=1).mean()
+    assert losses.keys() == {"loss_distance"}
+    torch.testing.assert_close(losses["loss_distance"], expected)
+    assert logged.keys() == {"distance/accuracy", "distance/three"}
+    with torch.no_grad():
+        features = model.eval().extract(*model.preprocess(batch))
+        (output, *_) = model(batch)
+    expected = 3 * torch.einsum("dhw,d->hw", features.visual[0], features.audio[0])
+    torch.testing.assert_close(output["heatmap"], expected)

@@ -22,6 +22,7 @@ from avdet2.engine.hooks import SelfLabelHook
 from avdet2.engine.stages.base import FINAL, WEIGHTS, StageKind, last_weights, offering
 from avdet2.engine.stages.contrast import build_contrast_loader
 from avdet2.modeling.meta_arch import AVLocalizer
+from avdet2.modeling.meta_arch.av_localizer import current_names
 from avdet2.self_boxes.inference import ReadableLoader
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class LocalizerStage(StageKind):
         weights = open_weights(first.weights)
         is_whole = weights is not None and any(key.startswith("loc_v.") for key in weights.state)
         if is_whole:
-            check_whole(model, weights)
+            check_whole(model, weights._replace(state=current_names(weights.state)))
         elif weights is not None:
             check_backbone(model, weights, ADVICE)
         for start in others:

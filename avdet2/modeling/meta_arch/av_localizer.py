@@ -3,8 +3,8 @@
 The audio-visual localizer and clusterer: stages 1 and 2, and the teacher of stage 3.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,22 +12,17 @@ from torch import nn
 
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
-from detectron2.structures import Boxes, Instances
 
 from avdet2.modeling.avol import AUDIO_ENCODER_REGISTRY
-from avdet2.modeling.heads import MLPHead, global_pool, joint_cluster
-from avdet2.modeling.losses import clustering_loss, heatmaps
+from avdet2.modeling.heads import HeadSettings, MLPHead, global_pool, joint_cluster
+from avdet2.modeling.losses import clustering_loss
 from avdet2.modeling.meta_arch.common import due_storage, normalize
-from avdet2.modeling.object_dictionary import (
-    class_heatmaps,
-    heard_objects,
-    load_dictionary,
-    object_vectors,
-)
-from avdet2.modeling.objectives import CorrespondenceLoss, build_objective
-from avdet2.modeling.self_box import self_boxes
+from avdet2.modeling.objectives import Objective, build_objective
+from avdet2.modeling.sounding_objects import SoundingObject, build_sounding_objects
 from avdet2.modeling.spectrogram import LogSpectrogram
 from avdet2.structures.batch import Batch, sample_ids_on, stacked_on
+
+_T = TypeVar("_T")
 
 
 class PairFeatures(NamedTuple):
@@ -65,37 +60,26 @@ class AVLocalizer(nn.Module):
         visual_feature: str,
         audio_encoder: nn.Module,
         spectrogram: LogSpectrogram,
-        objective: nn.Module,
-        normalize: bool,
-        hidden_dim: int,
-        embed_dim: int,
-        num_clusters: int,
-        norm: str,
-        dropout: float,
-        nce_weight: float,
-        beta: tuple[float, float],
-        multi: bool,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
-        objects: torch.Tensor | None = None,
+        objective: Objective,
+        objective_weight: float,
+        heads: HeadSettings,
+        sounding: SoundingObject,
+        pixel_stats: tuple[Sequence[float], Sequence[float]],
     ) -> None:
         """
         Args:
             visual_encoder: any backbone; its map ``visual_feature`` is used.
             audio_encoder: maps (N, 1, F, T) to (N, C, f, t); attribute ``out_channels``.
             spectrogram: maps (N, T) waveforms to (N, 1, F, T').
-            objective: see :func:`build_objective`.
-            normalize: scale embeddings to unit length.
-            hidden_dim, embed_dim, num_clusters, norm, dropout: of the heads.
-            nce_weight: lambda of eq. 4, in [0, 1]; at 1 there are no clustering heads.
-            beta, multi: of the self-boxes; in inference the middle of the range ``beta`` is used.
-            pixel_mean, pixel_std: per channel, of images in 0..255.
-            objects: a dictionary of objects, of shape (O, embed_dim); they are then the clusters,
-                in place of those of the heads.
+            objective: trains the localisation heads; it says what heatmaps are.
+            objective_weight: lambda of eq. 4, in [0, 1]; at 1 there are no clustering heads.
+            heads: of all four.
+            sounding: makes self-boxes of heatmaps, in inference.
+            pixel_stats: mean and standard deviation per channel, of images in 0..255.
         """
         super().__init__()
-        if not 0 <= nce_weight <= 1:
-            raise ValueError(f"MODEL.LOCALIZER.LAMBDA must be in [0, 1], not {nce_weight}")
+        if not 0 <= objective_weight <= 1:
+            raise ValueError(f"MODEL.LOCALIZER.LAMBDA must be in [0, 1], not {objective_weight}")
         self.visual_encoder, self.visual_feature = visual_encoder, visual_feature
         self.audio_encoder, self.spectrogram = audio_encoder, spectrogram
         shapes = visual_encoder.output_shape()
@@ -106,25 +90,20 @@ class AVLocalizer(nn.Module):
             )
         visual_dim, audio_dim = shapes[visual_feature].channels, audio_encoder.out_channels
         self.visual_stride = shapes[visual_feature].stride
-        # Checkpoints know it by the name of the default.
-        self.nce, self.normalize = objective, normalize
-        self.nce_weight = nce_weight
-        self.beta, self.multi = sum(beta) / 2, multi
-
-        def head(in_channels: int, out_channels: int) -> MLPHead:
-            return MLPHead(in_channels, hidden_dim, out_channels, norm, dropout)
-
-        self.loc_v, self.loc_a = head(visual_dim, embed_dim), head(audio_dim, embed_dim)
+        self.objective, self.objective_weight = objective, objective_weight
+        self.loc_v = MLPHead(visual_dim, heads, heads.embed_dim)
+        self.loc_a = MLPHead(audio_dim, heads, heads.embed_dim)
         # DDP fails on parameters without a gradient, so heads without a loss are not built.
-        self.has_heads = nce_weight < 1
+        self.has_heads = objective_weight < 1
         if self.has_heads:
-            self.cls_v, self.cls_a = head(visual_dim, num_clusters), head(audio_dim, num_clusters)
-        self.register_buffer("objects", objects, persistent=False)
-        self.num_clusters = num_clusters if objects is None else len(objects)
+            self.cls_v = MLPHead(visual_dim, heads, heads.num_clusters)
+            self.cls_a = MLPHead(audio_dim, heads, heads.num_clusters)
+        self.sounding = sounding
+        self.num_clusters = sounding.num_clusters or heads.num_clusters
         # Labels y of all training clips by sample_id, set by SelfLabelHook and saved with it.
         self.register_buffer("labels", torch.empty(0, dtype=torch.long), persistent=False)
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        for name, values in zip(("pixel_mean", "pixel_std"), pixel_stats, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
         # A fifth faster on CPUs, and what tensor cores want.
         self.to(memory_format=torch.channels_last)
         self._compiled: tuple[nn.Module, ...] = ()
@@ -132,25 +111,16 @@ class AVLocalizer(nn.Module):
     @classmethod
     def from_config(cls, cfg):
         node = cfg.MODEL.LOCALIZER
-        path = node.OBJECT_DICTIONARY
         return {
             "visual_encoder": build_backbone(cfg),
             "visual_feature": node.VISUAL_FEATURE,
             "audio_encoder": AUDIO_ENCODER_REGISTRY.get(node.AUDIO_ENCODER.NAME)(cfg),
             "spectrogram": LogSpectrogram(cfg),
             "objective": build_objective(node),
-            "normalize": node.NORMALIZE,
-            "hidden_dim": node.HIDDEN_DIM,
-            "embed_dim": node.EMBED_DIM,
-            "num_clusters": node.NUM_CLUSTERS,
-            "norm": node.NORM,
-            "dropout": node.DROPOUT,
-            "nce_weight": node.LAMBDA,
-            "beta": cfg.MODEL.SELF_BOX.BETA,
-            "multi": cfg.MODEL.SELF_BOX.MULTI,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "objects": load_dictionary(path, node.EMBED_DIM) if path else None,
+            "objective_weight": node.LAMBDA,
+            "heads": HeadSettings.from_config(node),
+            "sounding": build_sounding_objects(cfg),
+            "pixel_stats": (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD),
         }
 
     @property
@@ -158,7 +128,7 @@ class AVLocalizer(nn.Module):
         """
         Whether there are clusters: those of the heads, or the entries of the dictionary.
         """
-        return self.has_heads or self.objects is not None
+        return self.has_heads or self.sounding.num_clusters > 0
 
     @property
     def device(self) -> torch.device:
@@ -190,11 +160,7 @@ class AVLocalizer(nn.Module):
             ValueError: in training, with a dictionary of objects.
         """
         if self.training:
-            if self.objects is not None:
-                raise ValueError(
-                    "a dictionary of objects is for inference: train with "
-                    "MODEL.LOCALIZER.OBJECT_DICTIONARY ''"
-                )
+            self.sounding.check_training()
             features = self.extract(*self.preprocess(batched_inputs))
             return self.losses(features, batched_inputs)
         sizes = {tuple(x["image"].shape) for x in batched_inputs}
@@ -241,8 +207,7 @@ class AVLocalizer(nn.Module):
             logits_v = self.cls_v(global_pool(visual)).flatten(1).float()
             logits_a = self.cls_a(audio).flatten(1).float()
         embed_v, embed_a = self.loc_v(visual).float(), self.loc_a(audio).flatten(1).float()
-        if self.normalize:
-            embed_v, embed_a = F.normalize(embed_v, dim=1), F.normalize(embed_a, dim=1)
+        embed_v, embed_a = self.objective.embed(embed_v, embed_a)
         return PairFeatures(embed_v, embed_a, logits_v, logits_a)
 
     def losses(self, features: PairFeatures, batched_inputs: Batch) -> dict:
@@ -251,12 +216,12 @@ class AVLocalizer(nn.Module):
         """
         # Under AMP the products of the scores would be in half precision.
         with torch.autocast(self.device.type, enabled=False):
-            loss, accuracy = self.nce(features.visual, features.audio)
-            losses = {f"loss_{self.nce.name}": self.nce_weight * loss}
+            loss, accuracy = self.objective(features.visual, features.audio)
+            losses = {f"loss_{self.objective.name}": self.objective_weight * loss}
             if self.has_heads:
                 labels = self._labels_of(batched_inputs)
                 loss = clustering_loss(features.logits_v, features.logits_a, labels)
-                losses["loss_cluster"] = (1 - self.nce_weight) * loss
+                losses["loss_cluster"] = (1 - self.objective_weight) * loss
         self._log(accuracy)
         return losses
 
@@ -264,10 +229,8 @@ class AVLocalizer(nn.Module):
         storage, on_cpu = due_storage(self.device), self.device.type == "cpu"
         if storage is None:
             return
-        storage.put_scalar(f"{self.nce.name}/accuracy", accuracy.item(), smoothing_hint=on_cpu)
-        if hasattr(self.nce, "temperature"):
-            rho = self.nce.temperature.rho()
-            storage.put_scalar(f"{self.nce.name}/rho", rho, smoothing_hint=on_cpu)
+        for key, value in self.objective.metrics(accuracy).items():
+            storage.put_scalar(f"{self.objective.name}/{key}", value, smoothing_hint=on_cpu)
 
     def _labels_of(self, batched_inputs: Batch) -> torch.Tensor:
         if not len(self.labels):
@@ -282,18 +245,14 @@ class AVLocalizer(nn.Module):
         Heatmaps of pairs whose images have one size.
 
         Returns:
-            tuple: heatmaps (N, h, w), and the features. Heatmaps are cosines in [-1, 1] (rho * h of
-            the paper: eq. 5 gives the same boxes for both), or scalar products with NORMALIZE off;
-            with OBJECTIVE bce, AVOL-Net's probabilities.
+            tuple: heatmaps (N, h, w) as the objective makes them, and the features.
         """
         features = self.extract(*self.preprocess(batched_inputs))
         with torch.autocast(self.device.type, enabled=False):
-            maps = heatmaps(features.visual, features.audio)
-            if isinstance(self.nce, CorrespondenceLoss):
-                maps = self.nce.logits(maps).sigmoid()
-            if self.objects is not None:
-                nearest = object_vectors(features.visual, maps) @ self.objects.t()
-                features = features._replace(logits_v=nearest, logits_a=torch.zeros_like(nearest))
+            maps = self.objective.heatmaps(features.visual, features.audio)
+            logits = self.sounding.logits(features.visual, maps)
+        if logits is not None:
+            features = features._replace(logits_v=logits, logits_a=torch.zeros_like(logits))
         return maps, features
 
     def inference(self, batched_inputs: Batch) -> list[dict]:
@@ -301,65 +260,48 @@ class AVLocalizer(nn.Module):
         See :meth:`forward`; images must have one size.
         """
         maps, features = self.localize(batched_inputs)
+        logits_v, logits_a = features.logits_v, features.logits_a
+        if logits_v is None:
+            logits_v = logits_a = [None] * len(maps)
+            clusters = [0] * len(maps)
+        else:
+            clusters = joint_cluster(logits_v, logits_a).tolist()
         outputs = []
         for i, inputs in enumerate(batched_inputs):
-            logits_v = logits_a = None
-            cluster = 0
-            if self.has_clusters:
-                logits_v, logits_a = features.logits_v[i], features.logits_a[i]
-                cluster = int(joint_cluster(logits_v, logits_a))
-            output = {
-                "heatmap": maps[i],
-                "logits_v": logits_v,
-                "logits_a": logits_a,
-                "embed_a": features.audio[i],
-            }
-            if self.objects is None:
-                output["instances"] = self._instances(maps[i : i + 1], [cluster], inputs)
-                scores = self._confidence(output["instances"].scores)
-                output["instances"].scores = scores
-            else:
-                output |= self._objects(maps[i : i + 1], features.visual[i : i + 1], inputs)
-            outputs.append(output)
+            height, width = inputs["image"].shape[1:]
+            size = inputs.get("height", height), inputs.get("width", width)
+            with torch.autocast(self.device.type, enabled=False):
+                found = self.sounding(
+                    maps[i], features.visual[i], clusters[i], self.objective, size
+                )
+            outputs.append(
+                {
+                    "heatmap": maps[i],
+                    "logits_v": logits_v[i],
+                    "logits_a": logits_a[i],
+                    "embed_a": features.audio[i],
+                    **found,
+                }
+            )
         return outputs
 
-    def _confidence(self, heat: torch.Tensor) -> torch.Tensor:
-        """
-        Values of a heatmap as numbers in [0, 1], in the same order.
-        """
-        if isinstance(self.nce, CorrespondenceLoss):
-            return heat
-        return (1 + heat) / 2 if self.normalize else heat.sigmoid()
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        renamed = current_names(state_dict, prefix)
+        state_dict.clear()
+        state_dict.update(renamed)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _objects(self, heat: torch.Tensor, visual: torch.Tensor, inputs: dict) -> dict:
-        """
-        Heatmaps of the dictionary's entries, and boxes of those that are heard.
 
-        Args:
-            heat, visual: heatmap (1, h, w) and features (1, D, h, w) of one image.
-            inputs: the image.
-        """
-        # Cosines say by their sign what is not heard; other scalar products have no scale.
-        bounded = self.normalize or isinstance(self.nce, CorrespondenceLoss)
-        with torch.autocast(self.device.type, enabled=False):
-            (maps,) = class_heatmaps(self.objects, visual, heat if bounded else heat.sigmoid())
-        heard = heard_objects(maps)
-        instances = self._instances(maps[heard], heard.tolist(), inputs)
-        return {"instances": instances, "class_heatmaps": maps}
+def current_names(state: Mapping[str, _T], prefix: str = "") -> dict[str, _T]:
+    """
+    A localizer's state with the names that tensors have today: the objective was once called nce.
 
-    def _instances(self, maps: torch.Tensor, clusters: Sequence[int], inputs: dict) -> Instances:
-        """
-        The self-boxes of heatmaps (n, h, w) of one image that stand for n clusters; scores are the
-        peaks.
-        """
-        size = (
-            inputs.get("height", inputs["image"].shape[1]),
-            inputs.get("width", inputs["image"].shape[2]),
-        )
-        found = [self_boxes(heatmap, size, self.beta, self.multi) for heatmap in maps]
-        classes = [torch.full((len(x[0]),), cluster) for x, cluster in zip(found, clusters)]
-        instances = Instances(size)
-        instances.pred_boxes = Boxes(torch.cat([torch.zeros(0, 4), *(x[0] for x in found)]))
-        instances.scores = torch.cat([torch.zeros(0), *(x[1] for x in found)])
-        instances.pred_classes = torch.cat([torch.zeros(0, dtype=torch.long), *classes])
-        return instances
+    Args:
+        state: of a checkpoint.
+        prefix: what stands before the localizer's names.
+    """
+    old, new = f"{prefix}nce.", f"{prefix}objective."
+    return {
+        new + key.removeprefix(old) if key.startswith(old) else key: value
+        for key, value in state.items()
+    }
