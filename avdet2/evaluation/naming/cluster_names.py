@@ -198,9 +198,8 @@ class ClusterNames:
         kept = (np.bincount(clips)[clips] == 1) & (rows >= 0)
         if not kept.any():
             return {}
-        clusters = self.votes.clusters.numpy()[rows[kept]]
-        num_clusters, num_classes = self.votes.num_clusters, len(self.training[1])
-        return cluster_quality(clusters, labels[kept], num_clusters, num_classes)
+        clusters = self.votes.clusters[rows[kept]]
+        return cluster_quality(clusters, labels[kept], self.votes.num_clusters)
 
 
 def _saved_matching(path: str) -> ClusterMatching:

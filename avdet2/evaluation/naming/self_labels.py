@@ -15,20 +15,14 @@ __all__ = ["cluster_quality", "eq6_agreement", "label_change"]
 Labels = Sequence[int] | np.ndarray | torch.Tensor
 
 
-def cluster_quality(
-    clusters: Labels,
-    labels: Labels,
-    num_clusters: int | None = None,
-    num_classes: int | None = None,
-) -> dict[str, float]:
+def cluster_quality(clusters: Labels, labels: Labels, num_clusters: int) -> dict[str, float]:
     """
     Compare the clusters of clips with their labels.
 
     Args:
         clusters: N integers in [0, num_clusters).
-        labels: N integers in [0, num_classes), one label per clip.
-        num_clusters: K. Default: the largest cluster + 1.
-        num_classes: C. Default: the largest label + 1.
+        labels: N integers, at least 0, one label per clip.
+        num_clusters: K.
 
     Returns:
         A dict with
@@ -46,26 +40,25 @@ def cluster_quality(
     """
     # Needed for assessment only; training workers import this module without them.
     from scipy.optimize import linear_sum_assignment
+    from scipy.stats import entropy
     from sklearn import metrics
 
-    clusters, num_clusters = _as_integers(clusters, num_clusters, "clusters")
-    labels, num_classes = _as_integers(labels, num_classes, "labels")
+    clusters, labels = _integers(clusters, "clusters", num_clusters), _integers(labels, "labels")
     _check_lengths(clusters, labels)
-    counts = np.bincount(clusters * num_classes + labels, minlength=num_clusters * num_classes)
-    counts = counts.reshape(num_clusters, num_classes)
-    sizes = counts.sum(axis=1)
-    shares = counts[sizes > 0] / sizes[sizes > 0, None]
+    # Rows are the clusters and columns the classes that occur.
+    counts = metrics.cluster.contingency_matrix(clusters, labels)
+    sizes = np.bincount(clusters, minlength=num_clusters)
+    shares = counts / counts.sum(axis=1, keepdims=True)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     target = len(clusters) / num_clusters
     return {
-        "NMI": _nmi(labels, clusters),
+        "NMI": float(metrics.normalized_mutual_info_score(labels, clusters)),
         "AMI": float(metrics.adjusted_mutual_info_score(labels, clusters)),
         "ARI": float(metrics.adjusted_rand_score(labels, clusters)),
         "purity": float(shares.max(axis=1).mean()),
-        # log(1) stands in for the log of absent classes, whose share is zero.
-        "entropy": float(-(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=1).mean()),
+        "entropy": float(entropy(shares, axis=1).mean()),
         "hungarian_accuracy": float(counts[rows, columns].sum() / len(clusters)),
-        "clusters_used": int((sizes > 0).sum()),
+        "clusters_used": len(counts),
         "min_over_target": float(sizes.min() / target),
         "max_over_target": float(sizes.max() / target),
     }
@@ -86,11 +79,13 @@ def label_change(previous: Labels, current: Labels) -> dict[str, float]:
     Raises:
         ValueError: N is 0, differs between the two, or an integer is negative.
     """
-    previous, _ = _as_integers(previous, None, "previous labels")
-    current, _ = _as_integers(current, None, "current labels")
+    from sklearn.metrics import normalized_mutual_info_score
+
+    previous = _integers(previous, "previous labels")
+    current = _integers(current, "current labels")
     _check_lengths(previous, current)
     return {
-        "nmi_previous": _nmi(previous, current),
+        "nmi_previous": float(normalized_mutual_info_score(previous, current)),
         "changed": float((previous != current).mean()),
     }
 
@@ -111,36 +106,24 @@ def eq6_agreement(scores: np.ndarray | torch.Tensor, labels: Labels) -> float:
     Raises:
         ValueError: N is 0 or differs between the two.
     """
-    scores = torch.as_tensor(scores)
-    labels, _ = _as_integers(labels, scores.shape[1], "labels")
-    best = scores.argmax(dim=1).cpu().numpy()
+    labels = _integers(labels, "labels", scores.shape[1])
+    best = torch.as_tensor(scores).argmax(dim=1).cpu().numpy()
     _check_lengths(best, labels)
     return float((best == labels).mean())
 
 
-def _nmi(first: np.ndarray, second: np.ndarray) -> float:
-    from sklearn.metrics import normalized_mutual_info_score
-
-    return float(normalized_mutual_info_score(first, second, average_method="arithmetic"))
-
-
-def _as_integers(values: Labels, bound: int | None, name: str) -> tuple[np.ndarray, int]:
-    """
-    Returns:
-        The values as an int64 array of shape (N,), and the number that they are all below.
-    """
+def _integers(values: Labels, name: str, bound: float = np.inf) -> np.ndarray:
     values = torch.as_tensor(values).cpu().numpy()
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer) or len(values) == 0:
         raise ValueError(
             f"The {name} must be N > 0 integers, got {values.dtype} of shape {values.shape}."
         )
-    bound = int(values.max()) + 1 if bound is None else bound
     if values.min() < 0 or values.max() >= bound:
         raise ValueError(
             f"The {name} must be in [0, {bound}), got {values.min()} to {values.max()}; leave out "
             "clips without one."
         )
-    return values.astype(np.int64), bound
+    return values
 
 
 def _check_lengths(first: np.ndarray, second: np.ndarray) -> None:

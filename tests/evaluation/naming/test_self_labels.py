@@ -17,7 +17,7 @@ def _entropy(*shares: float) -> float:
 
 
 def test_by_hand():
-    quality = cluster_quality(CLUSTERS, LABELS)
+    quality = cluster_quality(CLUSTERS, LABELS, 4)
     assert quality["purity"] == pytest.approx((2 / 3 + 1 + 3 / 4) / 3)
     assert quality["entropy"] == pytest.approx(
         (_entropy(2 / 3, 1 / 3) + _entropy(1) + _entropy(3 / 4, 1 / 4)) / 3
@@ -47,7 +47,7 @@ def test_adjusted_mutual_information_is_adjusted_by_all_orders_of_the_labels():
 
     expected = np.mean([mutual(order) for order in itertools.permutations(labels)])
     most = (_entropy(2 / 6, 3 / 6, 1 / 6) + _entropy(1 / 2, 1 / 2)) / 2
-    quality = cluster_quality(clusters, labels)
+    quality = cluster_quality(clusters, labels, 3)
     assert quality["AMI"] == pytest.approx((mutual(labels) - expected) / (most - expected))
 
 
@@ -58,21 +58,21 @@ def test_hungarian_accuracy_tries_all_pairings():
         sum(((clusters == k) & (labels == c)).sum() for c, k in enumerate(chosen))
         for chosen in itertools.permutations(range(5), 3)
     )
-    quality = cluster_quality(clusters, labels)
+    quality = cluster_quality(clusters, labels, 5)
     assert quality["hungarian_accuracy"] == pytest.approx(best / 60)
     # The other way round: fewer clusters than classes.
-    assert cluster_quality(labels, clusters)["hungarian_accuracy"] == pytest.approx(best / 60)
+    assert cluster_quality(labels, clusters, 3)["hungarian_accuracy"] == pytest.approx(best / 60)
 
 
 def test_surplus_clusters_are_wrong():
-    quality = cluster_quality([0, 1, 2, 3], [0, 0, 1, 1])
+    quality = cluster_quality([0, 1, 2, 3], [0, 0, 1, 1], 4)
     assert quality["hungarian_accuracy"] == 0.5
     assert quality["purity"] == 1 and quality["entropy"] == 0
 
 
 def test_perfect_clusters_under_other_numbers():
     labels = np.arange(30) % 3
-    quality = cluster_quality((labels + 1) % 3, labels)
+    quality = cluster_quality((labels + 1) % 3, labels, 3)
     for key in ("NMI", "AMI", "ARI", "purity", "hungarian_accuracy"):
         assert quality[key] == pytest.approx(1)
     assert quality["entropy"] == 0
@@ -81,20 +81,20 @@ def test_perfect_clusters_under_other_numbers():
 
 def test_random_clusters_are_worth_nothing_after_adjustment():
     rng = np.random.default_rng(0)
-    quality = cluster_quality(rng.integers(0, 50, 2000), rng.integers(0, 50, 2000))
+    quality = cluster_quality(rng.integers(0, 50, 2000), rng.integers(0, 50, 2000), 50)
     assert quality["NMI"] > 0.1
     assert abs(quality["AMI"]) < 0.02 and abs(quality["ARI"]) < 0.02
 
 
 def test_the_order_of_clips_does_not_matter():
     order = np.random.default_rng(0).permutation(8)
-    first = cluster_quality(CLUSTERS, LABELS)
-    second = cluster_quality(torch.tensor(CLUSTERS)[order], np.array(LABELS)[order])
+    first = cluster_quality(CLUSTERS, LABELS, 4)
+    second = cluster_quality(torch.tensor(CLUSTERS)[order], np.array(LABELS)[order], 4)
     assert first == pytest.approx(second)
 
 
-def test_given_numbers_of_clusters_and_classes():
-    narrow, wide = cluster_quality(CLUSTERS, LABELS), cluster_quality(CLUSTERS, LABELS, 8, 10)
+def test_empty_clusters_change_the_target_only():
+    narrow, wide = cluster_quality(CLUSTERS, LABELS, 4), cluster_quality(CLUSTERS, LABELS, 8)
     assert wide.pop("max_over_target") == 4 and narrow.pop("max_over_target") == 2
     assert wide == pytest.approx(narrow)
 
@@ -102,11 +102,11 @@ def test_given_numbers_of_clusters_and_classes():
 @pytest.mark.parametrize(
     "args, message",
     [
-        (([0, 1], [0, 1, 1]), "2 and 3"),
-        (([], []), "N > 0"),
-        (([0, 1], [0, -1]), "labels must be in"),
+        (([0, 1], [0, 1, 1], 2), "2 and 3"),
+        (([], [], 2), "N > 0"),
+        (([0, 1], [0, -1], 2), "labels must be in"),
         (([0, 4], [0, 1], 4), r"clusters must be in \[0, 4\), got 0 to 4"),
-        (([0.5, 1.0], [0, 1]), "float"),
+        (([0.5, 1.0], [0, 1], 2), "float"),
     ],
 )
 def test_bad_input_raises(args, message):
