@@ -12,7 +12,6 @@ a test set, detections are drawn on frames of training clips.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -31,6 +30,7 @@ from avdet2.data.clips.scan import training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError
 from avdet2.engine import load_cfg, use_own_videos
+from avdet2.evaluation import ClusterMatching
 from avdet2.self_boxes.export import cluster_names
 from avdet2.visualization import (
     draw_boxes,
@@ -52,22 +52,16 @@ def stage_cfg(stage: Path):
     return cfg
 
 
-def class_names(stage: Path, cfg, num_clusters: int) -> list[str]:
+def class_names(stage: Path, cfg, num_classes: int) -> list[str]:
     """
-    What a detector's classes are called: by the matching of its evaluation, else by number.
+    What a stage's classes are called: by the matching of its evaluation, else by the labels that it
+    was trained with, else by number.
     """
-    names = cluster_names(num_clusters)
     matching = stage / "inference" / "cluster_matching.json"
     if matching.is_file():
-        found = json.loads(matching.read_text())
-        for cluster, target in enumerate(found["mapping"]):
-            if target is not None and target >= 0:
-                names[cluster] = found["class_names"][target]
-    elif cfg.MODEL.SELF_BOX.LABELS == "video" and cfg.DATASETS.TEST:
-        # The names of a data set are known once it is loaded.
-        DatasetCatalog.get(cfg.DATASETS.TEST[0])
-        names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
-    return list(names)
+        return ClusterMatching.from_json(matching).names
+    labels = training_clips(cfg.DATASETS.TRAIN)[1] if cfg.MODEL.SELF_BOX.LABELS == "video" else []
+    return labels + cluster_names(num_classes)[len(labels) :]
 
 
 def readable(
