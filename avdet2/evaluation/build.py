@@ -5,21 +5,15 @@ The evaluators that a config asks for.
 
 import logging
 import os
-from functools import partial
-
-from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
-from avdet2.evaluation.baselines import BoxBaseline
 from avdet2.evaluation.detection.evaluator import SelfSupervisedDetectionEvaluator
 from avdet2.evaluation.localization.evaluator import build_localization_evaluator
 from avdet2.evaluation.naming.cluster_names import ClusterNames
-from avdet2.evaluation.naming.votes import collect_votes, frozen_votes
 from avdet2.evaluation.plots import CURVES, LOCALIZATION, MATCHING, draw_results, read_run
-from avdet2.modeling.meta_arch import AVLocalizer
 
 logger = logging.getLogger(__name__)
 
@@ -98,26 +92,3 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, names: ClusterNames) -> Dat
         files = [CURVES] + [MATCHING] * (matching is not None)
         evaluators.append(ResultPlots(folder, files + [LOCALIZATION] * (localization is not None)))
     return DatasetEvaluators(evaluators)
-
-
-def names_of_classes(cfg: CfgNode, model: nn.Module) -> ClusterNames:
-    """
-    What the classes that a model predicts are called: the one place that knows where names come
-    from for each kind of model.
-
-    Args:
-        cfg: of the model.
-        model: the model; a localizer's own clusters vote.
-
-    Raises:
-        ValueError: TEST.MATCHING is wrong.
-    """
-    if isinstance(model, AVLocalizer):
-        kind = "clusters" if model.has_clusters else "none"
-        return ClusterNames(cfg, kind, partial(collect_votes, model, cfg))
-    if isinstance(model, BoxBaseline):
-        return ClusterNames(cfg, "none")
-    if cfg.INPUT.MAPPER == "DatasetMapper":
-        return ClusterNames(cfg, "names")
-    kind = {"self": "clusters", "video": "labels"}.get(cfg.MODEL.SELF_BOX.LABELS, "none")
-    return ClusterNames(cfg, kind, partial(frozen_votes, cfg))

@@ -6,7 +6,6 @@ Tests of which evaluator a config gets: where the names of its classes come from
 import csv
 import json
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -24,13 +23,12 @@ from avdet2.data.prepared import packed
 from avdet2.data.prepared.packed import PackSettings
 from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
 from avdet2.engine import load_cfg, use_own_videos
+from avdet2.engine.stages import self_box_detector, stage_kind
 from avdet2.evaluation import build
-from avdet2.evaluation.baselines import CenterBox
-from avdet2.evaluation.build import build_evaluator, names_of_classes
+from avdet2.evaluation.build import build_evaluator
 from avdet2.evaluation.naming import votes
 from avdet2.evaluation.naming.cluster_matching import ClusterMatching
 from avdet2.evaluation.naming.votes import ClusterVotes, collect_votes
-from avdet2.modeling.meta_arch import AVLocalizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules"
 # As a clip list counts them, and as the test set does.
@@ -79,14 +77,14 @@ def perfect_votes(monkeypatch):
     """
     logits = torch.eye(3)[[1, 1, 0, 0, 2, 2]]
     given = ClusterVotes(torch.arange(6), logits, logits)
-    monkeypatch.setattr(build, "frozen_votes", lambda cfg, clips: given)
+    monkeypatch.setattr(self_box_detector, "frozen_votes", lambda cfg, clips: given)
 
 
 def evaluate(cfg, classes) -> dict:
     """
     The results of a detector that finds every box, and calls the objects of the images so.
     """
-    evaluator = build_evaluator(cfg, "build_test", names_of_classes(cfg, nn.Module()))
+    evaluator = build_evaluator(cfg, "build_test", stage_kind(cfg).class_names(nn.Module()))
     # As a loader does.
     DatasetCatalog.get("build_test")
     evaluator.reset()
@@ -192,26 +190,6 @@ def test_nothing_has_a_label(cfg, sets, caplog, train, labels):
     assert "no training clip has a label" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "model, mapper, labels, kind",
-    [
-        (AVLocalizer, "AVMapper", "none", "clusters"),
-        (CenterBox, "DatasetMapper", "none", "none"),
-        (nn.Module, "DatasetMapper", "self", "names"),
-        (nn.Module, "SelfBoxMapper", "self", "clusters"),
-        (nn.Module, "SelfBoxMapper", "video", "labels"),
-        (nn.Module, "SelfBoxMapper", "none", "none"),
-    ],
-)
-def test_what_the_classes_of_each_model_are(cfg, model, mapper, labels, kind):
-    cfg.INPUT.MAPPER, cfg.MODEL.SELF_BOX.LABELS = mapper, labels
-    model = MagicMock(spec=model, has_clusters=True)
-    assert names_of_classes(cfg, model).kind == kind
-    if kind == "clusters" and mapper == "AVMapper":
-        model.has_clusters = False
-        assert names_of_classes(cfg, model).kind == "none"
-
-
 @pytest.fixture
 def saved(cfg, tmp_path):
     """
@@ -244,7 +222,7 @@ def test_a_saved_matching_with_clips_that_vote(saved, perfect_votes, sets):
 def test_a_saved_matching_that_is_not_there(saved):
     saved.TEST.MATCHING.FILE = ""
     with pytest.raises(ValueError, match="TEST.MATCHING.FILE '' is not a file"):
-        names_of_classes(saved, nn.Module())
+        stage_kind(saved).class_names(nn.Module())
 
 
 def test_pictures_lie_beside_the_results(cfg, perfect_votes, tmp_path, caplog, monkeypatch):
@@ -325,7 +303,8 @@ def test_a_labelled_list_of_own_videos_with_a_test_set(own_videos, tmp_path, mon
     monkeypatch.setattr(votes, "collect_votes", collect)
     monkeypatch.setattr(packed, "read_sample", original)
     for _ in range(2):
-        evaluator = build_evaluator(cfg, "built_av_test", names_of_classes(cfg, nn.Module()))
+        names = stage_kind(cfg).class_names(nn.Module())
+        evaluator = build_evaluator(cfg, "built_av_test", names)
     # The second evaluation found the votes beside the localizer.
     assert len(passes) == 1 and len(list(tmp_path.glob("localizer.pth.votes-*"))) == 1
     boxes, quality, _ = evaluator._evaluators

@@ -15,6 +15,7 @@ from detectron2.engine import HookBase
 
 from avdet2.checkpoint.pixel_settings import Start
 from avdet2.engine.hand_over import check_backbone, init_backbone, open_weights
+from avdet2.evaluation.naming.cluster_names import ClusterNames
 
 # Every training ends with a file of this name.
 FINAL = "model_final.pth"
@@ -125,12 +126,17 @@ class StageKind:
         """
         return build_detection_test_loader(self.cfg, dataset_name)
 
-    def class_names(self, model: nn.Module) -> str:
+    def class_names(self, model: nn.Module) -> ClusterNames:
         """
-        How its classes get names: "names" (they are the test set's), "labels" (they are those of
-        the training clips), "clusters" (they are to be matched), or "none" (there is one class).
+        What the classes that it predicts are called.
+
+        Args:
+            model: of the stage, not wrapped in DDP.
+
+        Raises:
+            ValueError: TEST.MATCHING is wrong.
         """
-        return "names"
+        return ClusterNames(self.cfg, "names")
 
     # What it takes from the stages of a pipeline before it, and what later ones take from it.
 

@@ -6,6 +6,7 @@ The training of the audio-visual localizer, with or without clusters.
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from avdet2.engine.hand_over import check_backbone, check_whole, init_backbone, 
 from avdet2.engine.hooks import SelfLabelHook
 from avdet2.engine.stages.base import FINAL, WEIGHTS, StageKind, last_weights, offering
 from avdet2.engine.stages.contrast import build_contrast_loader
+from avdet2.evaluation.naming.cluster_names import ClusterNames
+from avdet2.evaluation.naming.votes import collect_votes
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.modeling.meta_arch.av_localizer import current_names
 from avdet2.self_boxes.inference import ReadableLoader
@@ -91,8 +94,9 @@ class LocalizerStage(StageKind):
         pinned = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         return ReadableLoader(images, AVMapper(cfg, "full"), 1, cfg.DATALOADER.NUM_WORKERS, pinned)
 
-    def class_names(self, model: AVLocalizer) -> str:
-        return "clusters" if model.has_clusters else "none"
+    def class_names(self, model: AVLocalizer) -> ClusterNames:
+        kind = "clusters" if model.has_clusters else "none"
+        return ClusterNames(self.cfg, kind, partial(collect_votes, model, self.cfg))
 
     def links(self, before: Sequence[StageKind]) -> list[str]:
         """

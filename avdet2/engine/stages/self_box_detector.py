@@ -5,6 +5,7 @@ The training of a detector on the self-boxes of a frozen localizer.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -14,6 +15,8 @@ from detectron2.config import CfgNode
 from avdet2.data.clips.scan import training_clips
 from avdet2.data.loaders import build_list_loader
 from avdet2.engine.stages.base import FINAL, StageKind, last_weights, offering
+from avdet2.evaluation.naming.cluster_names import ClusterNames
+from avdet2.evaluation.naming.votes import frozen_votes
 from avdet2.self_boxes.mapper import SelfBoxMapper
 
 LOCALIZER_CONFIG = "MODEL.SELF_BOX.LOCALIZER_CONFIG"
@@ -37,8 +40,10 @@ class SelfBoxDetectorStage(StageKind):
         clips, _ = training_clips(self.cfg.DATASETS.TRAIN)
         return build_list_loader(self.cfg, clips, SelfBoxMapper(self.cfg))
 
-    def class_names(self, model: nn.Module) -> str:
-        return {"video": "labels", "self": "clusters"}.get(self.cfg.MODEL.SELF_BOX.LABELS, "none")
+    def class_names(self, model: nn.Module) -> ClusterNames:
+        kinds = {"self": "clusters", "video": "labels"}
+        kind = kinds.get(self.cfg.MODEL.SELF_BOX.LABELS, "none")
+        return ClusterNames(self.cfg, kind, partial(frozen_votes, self.cfg))
 
     @property
     def offers(self) -> str:
