@@ -16,8 +16,6 @@ import argparse
 import os
 from collections.abc import Iterator
 
-from tqdm import tqdm
-
 from avdet2.data.datasets.ground_truth import relabel, write_ground_truths
 from avdet2.data.datasets.openimages import (
     SPLITS,
@@ -29,20 +27,6 @@ from avdet2.data.datasets.openimages import (
 from avdet2.data.datasets.prepare import add_output, run_script, script_parser
 
 
-def lines_of(path: str) -> Iterator[str]:
-    """
-    The lines of a file, with a bar of the bytes that are read.
-    """
-    with (
-        open(path, encoding="utf-8-sig", newline="") as stream,
-        tqdm(total=os.path.getsize(path), desc="Boxes", unit="B", unit_scale=True) as bar,
-    ):
-        for number, line in enumerate(stream):
-            yield line
-            if number % 10000 == 0:
-                bar.update(stream.buffer.tell() - bar.n)
-
-
 def prepare(args: argparse.Namespace) -> Iterator[str]:
     """
     Read, write, and tell what is there.
@@ -50,7 +34,7 @@ def prepare(args: argparse.Namespace) -> Iterator[str]:
     if args.descriptions:
         for ours, theirs in check_descriptions(args.descriptions).items():
             yield f"{ours} is called {theirs} by OpenImages"
-    truth = read_boxes(lines_of(args.boxes), args.boxes, args.split)
+    truth = read_boxes(args.boxes, args.split)
     sets = {
         set_name(group, args.split): relabel(truth, {name: name for name in classes}, classes)
         for group, classes in class_groups().items()

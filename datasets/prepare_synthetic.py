@@ -10,7 +10,6 @@ Run again with the same settings, it makes only what is missing.
 
 import argparse
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,24 +17,43 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
-from avdet2.data.datasets.prepare import default_root
+from avdet2.data.datasets.prepare import add_output, run_script, script_parser
 from avdet2.data.synthetic.generator import Settings
 from avdet2.data.synthetic.objects import CLASS_NAMES
 from avdet2.data.synthetic.scenes import DIFFICULTIES
 from avdet2.data.synthetic.writer import open_output, write_annotations, write_item
 
 
-def parse_arguments() -> argparse.Namespace:
+def _make(job: tuple[str, int], root: Path, settings: Settings) -> bool:
+    return write_item(root, settings, *job)
+
+
+def prepare(args: argparse.Namespace) -> list[str]:
     """
-    Read the command line.
+    Make all items in parallel, then the annotations; returns what was made, in words.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default = Path(default_root("synthetic_av"))
-    parser.add_argument(
-        "--output", type=Path, default=default, help="folder to write (default: %(default)s)"
-    )
+    counts = {"train": args.clips, "val": args.val, "test": args.test}
+    root = Path(args.output)
+    settings = Settings(args.classes, args.size, args.seconds, args.seed, args.difficulty)
+    open_output(root, settings)
+    jobs = [(split, index) for split, count in counts.items() for index in range(count)]
+    # Items are small: one thread each, as many processes as asked for.
+    with ProcessPoolExecutor(args.workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+        make = partial(_make, root=root, settings=settings)
+        made = sum(tqdm(pool.map(make, jobs, chunksize=4), total=len(jobs), unit="item"))
+    digest = write_annotations(root, settings, counts)
+    return [
+        f"{made} items made, {len(jobs) - made} were there: {root}",
+        f"SHA-256 of frames and waveforms: {digest}",
+    ]
+
+
+def main() -> None:
+    """
+    See the top of this file.
+    """
+    parser = script_parser(__doc__)
+    add_output(parser, "synthetic_av")
     parser.add_argument("--classes", type=int, default=6, help=f"2 to {len(CLASS_NAMES)}")
     parser.add_argument("--clips", type=int, default=1600, help="training clips")
     parser.add_argument("--val", type=int, default=300, help="validation images")
@@ -45,32 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--difficulty", choices=sorted(DIFFICULTIES), default="easy")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    return parser.parse_args()
-
-
-def _make(job: tuple[str, int], root: Path, settings: Settings) -> bool:
-    return write_item(root, settings, *job)
-
-
-def main() -> None:
-    """
-    Make all items in parallel, then the annotations.
-    """
-    args = parse_arguments()
-    counts = {"train": args.clips, "val": args.val, "test": args.test}
-    try:
-        settings = Settings(args.classes, args.size, args.seconds, args.seed, args.difficulty)
-        open_output(args.output, settings)
-    except ValueError as error:
-        sys.exit(f"prepare_synthetic.py: {error}")
-    jobs = [(split, index) for split, count in counts.items() for index in range(count)]
-    # Items are small: one thread each, as many processes as asked for.
-    with ProcessPoolExecutor(args.workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
-        make = partial(_make, root=args.output, settings=settings)
-        made = sum(tqdm(pool.map(make, jobs, chunksize=4), total=len(jobs), unit="item"))
-    digest = write_annotations(args.output, settings, counts)
-    print(f"{made} items made, {len(jobs) - made} were there: {args.output}")
-    print(f"SHA-256 of frames and waveforms: {digest}")
+    run_script(prepare, parser)
 
 
 if __name__ == "__main__":

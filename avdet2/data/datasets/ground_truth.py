@@ -20,7 +20,7 @@ from avdet2.data.datasets.prepare import (
     counts,
     summary,
     write_coco,
-    write_manifest,
+    write_json,
     write_missing,
 )
 from avdet2.utils.files import sha256_of_file
@@ -266,7 +266,7 @@ def write_ground_truth(
         "boxes_left_out_of_the_file": dict(sorted(truth.dropped.items())),
         "sources": {os.path.basename(path): sha256_of_file(path) for path in sources},
     }
-    write_manifest(f"{base}_manifest.json", manifest)
+    write_json(f"{base}_manifest.json", manifest, indent=1)
     dropped = "".join(f"; left out {n} x {why}" for why, n in truth.dropped.most_common())
     return [
         overview,

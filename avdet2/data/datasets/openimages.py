@@ -7,9 +7,12 @@ Classes are joined by their machine identifiers (MID), exactly: a box of a subcl
 for Bird, is not a box of the class, since the paper says nothing of the hierarchy.
 """
 
-import csv
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv
 
 from avdet2.data.datasets.coco_av import register_prepared
 from avdet2.data.datasets.ground_truth import Box, GroundTruth, Picture, clean_corners
@@ -39,14 +42,13 @@ def set_name(group: str, split: str) -> str:
     return f"openimages_{group}_{split}"
 
 
-def read_boxes(lines: Iterable[str], source: str, split: str) -> GroundTruth:
+def read_boxes(path: str, split: str) -> GroundTruth:
     """
-    Read the boxes of all classes of :func:`class_groups`, line by line: the training file has 14
+    Read the boxes of all classes of :func:`class_groups`, block by block: the training file has 14
     million.
 
     Args:
-        lines: of `<split>-annotations-bbox.csv`; columns are found by their names in the header.
-        source: name of the file, for errors.
+        path: of `<split>-annotations-bbox.csv`; columns are found by their names in the header.
         split: images lie in the folder of this name.
 
     Returns:
@@ -61,41 +63,35 @@ def read_boxes(lines: Iterable[str], source: str, split: str) -> GroundTruth:
     category_of = {mid: i for i, mid in enumerate(mids)}
     found: dict[str, list[Box]] = {}
     dropped: Counter[str] = Counter()
-    for where, (image, mid, x0, x1, y0, y1, group) in _rows(lines, source, set(mids)):
-        corners = clean_corners(where, (x0, y0, x1, y1), dropped)
+    for image, mid, x0, x1, y0, y1, group in _rows(path, mids):
+        corners = clean_corners(f"{path}, image {image}", (x0, y0, x1, y1), dropped)
         if corners:
             box = Box(category_of[mid], corners, {"iscrowd": int(group == "1")})
             found.setdefault(image, []).append(box)
     if not found:
         raise ValueError(
-            f"{source}: no box of one of the {len(mids)} classes, whose LabelName is {mids[0]} "
+            f"{path}: no box of one of the {len(mids)} classes, whose LabelName is {mids[0]} "
             f"({classes[0]}) and so on: is it the whole file, and does it hold MIDs?"
         )
     pictures = [Picture(name, f"{split}/{name}.jpg", found[name]) for name in sorted(found)]
     return GroundTruth(list(classes), pictures, dropped)
 
 
-def _rows(lines: Iterable[str], source: str, mids: set[str]) -> Iterator[tuple[str, list[str]]]:
-    rows = csv.reader(lines)
-    header = [name.strip() for name in next(rows, [])]
-    absent = [name for name in _COLUMNS if name not in header]
-    if absent:
-        raise ValueError(
-            f"{source}, line 1: no column {', '.join(absent)} in {','.join(header)[:120]!r}; "
-            "expected a file of boxes such as test-annotations-bbox.csv"
-        )
-    columns, label = [header.index(name) for name in _COLUMNS], header.index("LabelName")
+def _rows(path: str, mids: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    # All as text: what is no number is an error only where it is of a class.
+    kinds = dict.fromkeys(_COLUMNS, pa.string())
+    options = csv.ConvertOptions(include_columns=_COLUMNS, column_types=kinds)
     try:
-        for fields in rows:
-            if len(fields) != len(header):
-                raise ValueError(
-                    f"{source}, line {rows.line_num}: expected {len(header)} columns, found "
-                    f"{len(fields)}: is the file cut short?"
-                )
-            if fields[label] in mids:
-                yield f"{source}, line {rows.line_num}", [fields[column] for column in columns]
-    except csv.Error as error:
-        raise ValueError(f"{source}, after line {rows.line_num}: no csv ({error})") from error
+        # One thread knows the numbers of rows.
+        reading = csv.ReadOptions(use_threads=False)
+        with csv.open_csv(path, reading, convert_options=options) as reader:
+            for batch in reader:
+                kept = batch.filter(pc.is_in(batch.column("LabelName"), pa.array(mids)))
+                yield from zip(*(column.to_pylist() for column in kept.columns))
+    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        raise ValueError(
+            f"{path}: expected a file of boxes such as test-annotations-bbox.csv, complete: {error}"
+        ) from error
 
 
 def check_descriptions(path: str) -> dict[str, str]:

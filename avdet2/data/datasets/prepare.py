@@ -250,13 +250,6 @@ def write_coco(
     )
 
 
-def write_manifest(path: str, manifest: Mapping[str, Any]) -> str:
-    """
-    Write what was prepared from which files, as json; see :func:`counts`.
-    """
-    return write_json(path, manifest, indent=1)
-
-
 def write_csv(path: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """
     Write a csv file with lines that end in "\\n"; returns its sha256.

@@ -30,7 +30,7 @@ from avdet2.data.datasets.prepare import (
     sha256_of_rows,
     summary,
     write_clip_list,
-    write_manifest,
+    write_json,
     write_missing,
 )
 from avdet2.utils.files import sha256_of_file
@@ -217,7 +217,7 @@ def write_prepared(
             "sha256": write_missing(os.path.join(output, "missing.csv"), missing),
         },
     }
-    write_manifest(os.path.join(output, "manifest.json"), manifest)
+    write_json(os.path.join(output, "manifest.json"), manifest, indent=1)
     return manifest
 
 

@@ -36,8 +36,14 @@ _ROWS = [
 ]
 
 
-def test_boxes_are_read_by_the_names_of_the_columns():
-    truth = read_boxes([_HEADER, *_ROWS], "boxes.csv", "test")
+def _read(folder, lines):
+    path = folder / "boxes.csv"
+    path.write_text("\n".join(lines))
+    return read_boxes(str(path), "test")
+
+
+def test_boxes_are_read_by_the_names_of_the_columns(tmp_path):
+    truth = _read(tmp_path, [_HEADER, *_ROWS])
     assert [picture.file_name for picture in truth.pictures] == ["test/bb.jpg", "test/cc.jpg"]
     assert [(truth.classes[b.category], b.corners, b.extra) for b in truth.pictures[0].boxes] == [
         ("Cello", (0.25, 0.1, 0.75, 0.9), {"iscrowd": 0}),
@@ -47,26 +53,26 @@ def test_boxes_are_read_by_the_names_of_the_columns():
     assert truth.dropped == {"box without finite numbers": 1, "box without an area in the frame": 1}
     # Newer training files have more columns, and an order is not to be relied on.
     newer = [_HEADER + _CLICKS, *(row + ",-1" * 8 for row in _ROWS)]
-    assert read_boxes(newer, "boxes.csv", "test") == truth
+    assert _read(tmp_path, newer) == truth
     turned = [",".join(reversed(row.split(","))) for row in (_HEADER, *_ROWS)]
-    assert read_boxes(turned, "boxes.csv", "test") == truth
+    assert _read(tmp_path, turned) == truth
 
 
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([], "line 1: no column ImageID"),
-        (["mid,name", "/m/0mkg,Accordion"], "line 1: no column ImageID, LabelName"),
-        ([_HEADER.replace("IsGroupOf", "Group"), *_ROWS], "no column IsGroupOf"),
-        ([_HEADER, _ROWS[0], _ROWS[1][:30]], "line 3: expected 13 columns.*cut short"),
-        ([_HEADER, "a" * 200000], "after line 2: no csv"),
-        ([_HEADER, _row("aa", _CAT, ("left", 1, 0, 1))], "line 2: a box is four numbers"),
+        ([], "boxes.csv: expected a file of boxes.*Empty"),
+        (["mid,name", "/m/0mkg,Accordion"], "test-annotations-bbox.csv.*ImageID"),
+        ([_HEADER.replace("IsGroupOf", "Group"), *_ROWS], "IsGroupOf.* does not exist"),
+        ([_HEADER, _ROWS[0], _ROWS[1][:30]], "complete.*Row #3: Expected 13 columns, got 3"),
+        ([_HEADER, "a" * 200000], "Row #2: Expected 13 columns, got 1"),
+        ([_HEADER, _row("aa", _CAT, ("left", 1, 0, 1))], "image aa: a box is four numbers"),
         ([_HEADER, _ROWS[2]], "boxes.csv: no box of one of the 26 classes, whose LabelName is /m/"),
     ],
 )
-def test_wrong_files(lines, message):
+def test_wrong_files(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
-        read_boxes(lines, "boxes.csv", "test")
+        _read(tmp_path, lines)
 
 
 def test_groups_of_classes():

@@ -32,7 +32,7 @@ from avdet2.data.datasets.prepare import (
     summary,
     write_clip_list,
     write_coco,
-    write_manifest,
+    write_json,
     write_missing,
 )
 from avdet2.data.datasets.prepare import run_script as run_prepare
@@ -74,10 +74,10 @@ def test_missing_and_manifest(tmp_path: Path) -> None:
     assert path.read_text() == 'id,reason\na,gone\nb,"gone, for ever"\n'
     write_missing(str(path), {})
     assert path.read_text() == "id,reason\n"
-    write_manifest(str(tmp_path / "m.json"), {"b": [1], "a": 2})
+    write_json(str(tmp_path / "m.json"), {"b": [1], "a": 2}, indent=1)
     assert json.loads((tmp_path / "m.json").read_text()) == {"b": [1], "a": 2}
     with pytest.raises(ValueError):
-        write_manifest(str(tmp_path / "m.json"), {"a": float("nan")})
+        write_json(str(tmp_path / "m.json"), {"a": float("nan")}, indent=1)
 
 
 def test_coco_file_is_coco(tmp_path: Path) -> None:
