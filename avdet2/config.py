@@ -114,9 +114,10 @@ def _add_localizer(cfg: CN) -> None:
     node.GATHER_GRADIENTS = True
     # Compile the encoders (torch.compile) for training: a minute or more at the start.
     node.COMPILE = False
-    # The localisation objective: "nce" (eq. 1), or, for the comparisons of Table 2, "bce" (Objects
-    # that Sound: matching pairs against others; rho is then the inverse of a learned scale, beside
-    # a learned shift) or "triplet" (Senocak et al.; POOL must be "attention").
+    # The localisation objective, of OBJECTIVE_REGISTRY: "nce" (eq. 1), or, for the comparisons of
+    # Table 2, "bce" (Objects that Sound: matching pairs against others; rho is then the inverse of
+    # a learned scale, beside a learned shift) or "triplet" (Senocak et al.; POOL must be
+    # "attention").
     node.OBJECTIVE = "nce"
     # False leaves the embeddings as they are, as Objects that Sound does.
     node.NORMALIZE = True

@@ -13,7 +13,7 @@ eq. 5's in place of a fixed threshold; cosines stand in place of scalar products
 stage, which trains on mixtures by the agreement of both modalities' kinds, is not there.
 """
 
-import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import nn
 from detectron2.utils.file_io import PathManager
 
 from avdet2.modeling.self_box import threshold
+from avdet2.utils.files import write_whole
 
 # Beta of eq. 5 for the mask: a part of the object will do, but nothing of the background.
 MASK_BETA = 0.7
@@ -105,9 +106,9 @@ def save_dictionary(objects: torch.Tensor, path: str) -> None:
     """
     Write a dictionary (O, D) for MODEL.LOCALIZER.OBJECT_DICTIONARY.
     """
-    PathManager.mkdirs(os.path.dirname(os.path.abspath(path)))
-    with PathManager.open(path, "wb") as f:
-        torch.save({"objects": objects}, f)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with write_whole(path) as part:
+        torch.save({"objects": objects}, part)
 
 
 def load_dictionary(path: str, embed_dim: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-The audio-visual localizer and clusterer: stages 1 and 2, and the teacher of stage 3.
+The audio-visual localizer and clusterer: stages 1 and 2, and, frozen, what stage 3 learns from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -261,9 +261,9 @@ class AVLocalizer(nn.Module):
         """
         maps, features = self.localize(batched_inputs)
         logits_v, logits_a = features.logits_v, features.logits_a
+        clusters = [0] * len(maps)
         if logits_v is None:
             logits_v = logits_a = [None] * len(maps)
-            clusters = [0] * len(maps)
         else:
             clusters = joint_cluster(logits_v, logits_a).tolist()
         outputs = []
@@ -286,6 +286,7 @@ class AVLocalizer(nn.Module):
         return outputs
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # In place, as what comes after reads the same dict.
         renamed = current_names(state_dict, prefix)
         state_dict.clear()
         state_dict.update(renamed)
