@@ -18,17 +18,15 @@ import os
 import torch
 from tqdm import tqdm
 
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from avdet2.config_file import load_cfg
 from avdet2.data import AVMapper
 from avdet2.data.clips.scan import training_clips
 from avdet2.engine.defaults import use_own_videos
-from avdet2.engine.hand_over import check_hand_over
 from avdet2.modeling.object_dictionary import ObjectVectors, cluster_objects, save_dictionary
 from avdet2.self_boxes.inference import predict_clips
+from avdet2.self_boxes.teacher import build_localizer
 
 BATCH_SIZE = 64
 
@@ -42,13 +40,7 @@ def main(args: argparse.Namespace) -> None:
     # One that the config names may be the file that is about to be written.
     cfg.MODEL.LOCALIZER.OBJECT_DICTIONARY = ""
     use_own_videos(cfg, os.path.dirname(args.config_file))
-    if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer" or not cfg.MODEL.WEIGHTS:
-        raise ValueError(
-            f"{args.config_file} must be the config of an AVLocalizer, with MODEL.WEIGHTS"
-        )
-    model = build_model(cfg)
-    check_hand_over(model, cfg.MODEL.WEIGHTS)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    model = build_localizer(cfg, args.config_file, cfg.MODEL.WEIGHTS)
     clips, _ = training_clips(cfg.DATASETS.TRAIN)
     batches = predict_clips(
         ObjectVectors(model), clips, AVMapper(cfg, "center"), BATCH_SIZE, cfg.DATALOADER.NUM_WORKERS
