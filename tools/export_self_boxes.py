@@ -12,13 +12,12 @@ loads with register_coco_instances("name", {}, "self_boxes/annotations.json", "s
 
 import argparse
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
-from detectron2.modeling import build_model
 
 from avdet2.data.clips.scan import training_clips
 from avdet2.engine import setup
 from avdet2.self_boxes.export import export_self_boxes
+from avdet2.self_boxes.teacher import build_localizer
 
 
 def main(args: argparse.Namespace) -> None:
@@ -28,10 +27,7 @@ def main(args: argparse.Namespace) -> None:
     # The run's own files stay as they are.
     args.opts = [*(args.opts or []), "OUTPUT_DIR", args.output]
     cfg = setup(args)
-    if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer":
-        raise ValueError(f"{args.config_file} is not the config of an AVLocalizer")
-    model = build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    model = build_localizer(cfg, args.config_file, cfg.MODEL.WEIGHTS)
     clips, _ = training_clips(cfg.DATASETS.TRAIN)
     coco = export_self_boxes(model, cfg, clips, args.output)
     print(

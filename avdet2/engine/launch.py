@@ -215,21 +215,20 @@ def _make_local_groups(timeout: timedelta) -> None:
             makes beside NCCL's with PyTorch's own 30 minutes.
     """
     dist.distributed_c10d._set_pg_timeout(timeout, comm._get_global_gloo_group())
-    rank = dist.get_rank()
-    # Without this variable: ranks go through one machine after the other.
-    machine = int(os.environ.get("GROUP_RANK", rank - int(os.environ["LOCAL_RANK"])))
-    machines = comm.all_gather(machine)
+    # Without GROUP_RANK, ranks go through one machine after the other.
+    first_rank = dist.get_rank() - int(os.environ["LOCAL_RANK"])
+    machines = comm.all_gather(int(os.environ.get("GROUP_RANK", first_rank)))
+    ranks = [
+        [rank for rank, other in enumerate(machines) if other == machine]
+        for machine in sorted(set(machines))
+    ]
     # All processes take part in the making of every group.
-    groups = {
-        other: dist.new_group([i for i, m in enumerate(machines) if m == other], timeout=timeout)
-        for other in sorted(set(machines))
-    }
-    comm._LOCAL_PROCESS_GROUP = groups[machine]
+    comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)
 
 
 def _explanation(error: RuntimeError, seconds: float) -> str:
     """
-    What to say of an error of the process group; "" of any other.
+    What went wrong between the processes, for the user; "" if the error is none of that kind.
     """
     text = str(error)
     if "EADDRINUSE" in text:

@@ -26,10 +26,10 @@ class TrainStep(SimpleTrainer):
     """
     Detectron2's SimpleTrainer and AMPTrainer in one, on any device.
 
-    To look at a loss is to wait for the device, and for the other processes. Between two looks the
-    losses stay where they are, and the device always has work to do. At a look, the means since the
-    last one are logged. A look comes before each checkpoint: a model whose losses are not finite is
-    never saved.
+    Reading a loss makes the program wait for the device, and for the other processes. So losses
+    stay on the device, and are read only every few iterations. Then their means since the last
+    reading are logged. They are also read before each checkpoint, so that a model whose losses are
+    not finite is never saved.
 
     Attributes:
         max_iter: the last iteration is ``max_iter - 1``; who runs the steps may change it.
@@ -50,7 +50,7 @@ class TrainStep(SimpleTrainer):
         Args:
             model, data_loader, optimizer: see SimpleTrainer.
             precision: "fp16" (with a scaled loss), "bf16", or None for that of the parameters.
-            metric_period: iterations between two looks.
+            metric_period: iterations between two readings.
             checkpoint_period: iterations between two checkpoints; 0: none.
             max_iter: the number of iterations.
 
@@ -68,7 +68,7 @@ class TrainStep(SimpleTrainer):
         self.max_iter = max_iter
         self._device, self._dtype = device, PRECISIONS.get(precision)
         self.grad_scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
-        # Losses and seconds of loading of the iterations since the last look.
+        # Losses and seconds of loading of the iterations since the last reading.
         self._unseen: list[tuple[dict[str, torch.Tensor], float]] = []
 
     @classmethod
@@ -95,11 +95,11 @@ class TrainStep(SimpleTrainer):
 
     def run_step(self) -> None:
         """
-        As stock, but for the class's two differences.
+        As stock, but in the precision, and with the readings, that this class is for.
 
         Raises:
-            FloatingPointError: on all processes; losses since the last look, or at a checkpoint the
-                weights, are not finite.
+            FloatingPointError: losses since the last reading, or at a checkpoint the weights, are
+                not finite. It is raised on all processes.
         """
         assert self.model.training, "the model was changed to eval mode"
         start = time.perf_counter()
@@ -114,7 +114,7 @@ class TrainStep(SimpleTrainer):
         self._unseen.append(({key: x.detach() for key, x in losses.items()}, data_time))
         saves = self._saves()
         if saves or (self.iter + 1) % self.metric_period == 0:
-            self._look()
+            self._read_losses()
         # Here and not in step(): a clipping or fused optimizer would get scaled gradients.
         self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
@@ -130,10 +130,10 @@ class TrainStep(SimpleTrainer):
         is_due = self.checkpoint_period > 0 and done % self.checkpoint_period == 0
         return is_due or done >= self.max_iter
 
-    def _look(self) -> None:
+    def _read_losses(self) -> None:
         """
-        Log the means of the losses, over iterations and processes, since the last look; of the
-        seconds of loading, the slowest process's.
+        Log the means of the losses since the last reading, over iterations and processes. Of the
+        seconds of loading, those of the slowest process count.
         """
         unseen, self._unseen = self._unseen, []
         # One wait for all of them.

@@ -25,8 +25,8 @@ class PairBatch:
     def __init__(self, samples: Sequence[dict[str, Any]]) -> None:
         """
         Args:
-            samples: a mapper's outputs, all with the same tensors, which are on the CPU and, under
-                one key, of one type.
+            samples: a mapper's outputs. Their tensors are on the CPU. All samples have the same
+                keys, and the tensors of a key have one dtype.
         """
         self._rest = [
             {key: x for key, x in sample.items() if not isinstance(x, torch.Tensor)}

@@ -160,8 +160,8 @@ def all_reduce(
 
 def of_main_process(value: T) -> T:
     """
-    What the main process has, on all processes. Unlike with Detectron2's ``all_gather(value)[0]``
-    none of them holds as many copies of it as there are processes.
+    The main process's value, on all processes. With Detectron2's ``all_gather(value)[0]`` each of
+    them would for a time hold the values of all.
 
     Args:
         value: can be pickled; that of another process is not looked at.
@@ -175,20 +175,20 @@ def of_main_process(value: T) -> T:
 
 def broadcast_buffers(model: nn.Module) -> None:
     """
-    Give all processes those of the main process's buffers that a checkpoint holds. The others do
-    not change in training, or are the same on all processes already.
+    Give all processes the main process's buffers.
 
     Plain batch norm estimates its statistics on each process by itself. Without this each would
-    label, or evaluate, its share of the data with a model of its own.
+    label, or evaluate, its share of the data with a model of its own. Buffers that no checkpoint
+    holds are left out: they do not change in training, or are the same on all processes already.
 
     Args:
         model: the same on all processes; written to.
     """
     if comm.get_world_size() == 1:
         return
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    for name, buffer in model.state_dict().items():
-        if name not in weights and buffer.numel():
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.numel():
             # NCCL takes no transposed ones.
             value = buffer.contiguous()
             dist.broadcast(value, 0)

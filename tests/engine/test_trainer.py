@@ -15,7 +15,7 @@ from tiny_runs import CONFIGS, make_cfg, simclr_cfg
 
 from detectron2.data import DatasetCatalog
 
-from avdet2.engine import AVTrainer, load_cfg
+from avdet2.engine import AVTrainer, SelfLabelHook, load_cfg
 from avdet2.engine.lars import LARS
 
 
@@ -112,6 +112,24 @@ def test_resume_with_other_clips_is_refused(finished_run, tiny_av, tmp_path):
     trainer = AVTrainer(make_cfg(tiny_av, tmp_path))
     with pytest.raises(ValueError, match="same clips"):
         trainer.resume_or_load(resume=True)
+
+
+def test_a_checkpoint_holds_the_labels_of_its_own_iteration(tiny_av, tmp_path, monkeypatch):
+    estimates = []
+
+    def update(hook, first=False):
+        # All clips get a label that tells which estimate it is of.
+        hook._model.labels = torch.full((24,), len(estimates))
+        estimates.append(hook.trainer.iter + (not first))
+
+    monkeypatch.setattr(SelfLabelHook, "update", update)
+    opts = ("MODEL.LOCALIZER.SELF_LABEL.NUM_OPTIMIZATIONS", "3", "SOLVER.MAX_ITER", "4")
+    opts += ("MODEL.LOCALIZER.SELF_LABEL.POWER", "1.0", "MODEL.LOCALIZER.NUM_CLUSTERS", "3")
+    AVTrainer(make_cfg(tiny_av, tmp_path, *opts, "SOLVER.CHECKPOINT_PERIOD", "2")).train()
+    # Before the first and the third iteration, and a checkpoint is written between the two.
+    assert estimates == [0, 2]
+    saved = torch.load(tmp_path / "model_0000001.pth", weights_only=True)
+    assert set(saved["trainer"]["hooks"]["SelfLabelHook"]["labels"].tolist()) == {1}
 
 
 AMP = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bf16")
