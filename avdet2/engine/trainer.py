@@ -27,7 +27,7 @@ from avdet2.engine.defaults import resolve_epochs
 from avdet2.engine.optimizer import build_optimizer
 from avdet2.engine.stages import stage_kind
 from avdet2.engine.train_step import TrainStep
-from avdet2.evaluation.build import build_evaluator, results_file
+from avdet2.evaluation.build import build_evaluators, results_file
 from avdet2.modeling.sync_bn import replace_sync_bn
 from avdet2.utils.collectives import broadcast_buffers
 from avdet2.utils.files import write_whole
@@ -175,8 +175,7 @@ class AVTrainer(DefaultTrainer):
             return {}
         broadcast_buffers(model)
         if evaluators is None:
-            names = kind.class_names(unwrap(model))
-            evaluators = [build_evaluator(cfg, name, names) for name in cfg.DATASETS.TEST]
+            evaluators = build_evaluators(cfg, kind.class_names(unwrap(model)))
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and cfg.DATASETS.TEST:
             path = results_file(cfg.OUTPUT_DIR)

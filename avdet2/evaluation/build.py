@@ -64,6 +64,13 @@ def results_file(output_dir: str) -> str:
     return os.path.join(output_dir, "inference", "results.json")
 
 
+def build_evaluators(cfg: CfgNode, names: ClusterNames) -> list[DatasetEvaluator]:
+    """
+    An evaluator for each of the config's test sets: see :func:`build_evaluator`.
+    """
+    return [build_evaluator(cfg, name, names) for name in cfg.DATASETS.TEST]
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str, names: ClusterNames) -> DatasetEvaluator:
     """
     An evaluator of boxes, with all else that the config asks for: the clusters' quality, sound

@@ -26,7 +26,7 @@ from detectron2.utils.events import EventStorage
 from avdet2.data.media.video import MediaError
 from avdet2.engine import hooks, load_cfg
 from avdet2.engine.stages import stage_kind
-from avdet2.evaluation.build import build_evaluator
+from avdet2.evaluation.build import build_evaluators
 from avdet2.evaluation.localization.evaluator import LocalizationEvaluator
 from avdet2.evaluation.naming import votes
 from avdet2.evaluation.naming.votes import collect_votes
@@ -103,8 +103,7 @@ def _self_labels(cfg, train: str = TRAIN, **keys) -> dict:
 def _evaluations(cfg, localizer: TableLocalizer) -> list[dict]:
     with patch.object(votes, "load_localizer", lambda *args: (localizer, cfg.clone())):
         # All evaluators before the first evaluation, as the trainer does.
-        names = stage_kind(cfg).class_names(nn.Module())
-        evaluators = [build_evaluator(cfg, name, names) for name in TESTS]
+        evaluators = build_evaluators(cfg, stage_kind(cfg).class_names(nn.Module()))
     return [_evaluate(evaluator) for evaluator in evaluators]
 
 

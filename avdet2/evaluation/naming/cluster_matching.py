@@ -185,31 +185,25 @@ def match_clusters(
     Raises:
         ValueError: an unknown method, a class that there is not, or no m or scores where needed.
     """
+    # Needed for assessment only; training workers import this module without it.
+    from scipy.optimize import linear_sum_assignment
+
     if method not in METHODS:
         raise ValueError(f"Unknown matching method {method!r}; choose one of {', '.join(METHODS)}.")
     clips, classes = labels
     shape = (num_clusters, len(class_names))
     if method == "mshot":
         mapping, counts = _mshot(clips, classes, scores, m, shape)
-    else:
-        pairs = np.ravel_multi_index((clusters[clips], classes), shape)
-        counts = np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
-        mapping = _argmax(counts) if method == "argmax" else _hungarian(counts)
-    return ClusterMatching(mapping, counts, method, list(class_names), space)
-
-
-def _hungarian(counts: np.ndarray) -> np.ndarray:
-    from scipy.optimize import linear_sum_assignment
-
-    mapping = np.full(len(counts), -1)
-    rows, columns = linear_sum_assignment(counts, maximize=True)
+        return ClusterMatching(mapping, counts, method, list(class_names), space)
+    pairs = np.ravel_multi_index((clusters[clips], classes), shape)
+    counts = np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
+    rows, columns = np.arange(num_clusters), counts.argmax(axis=1)
+    if method != "argmax":
+        rows, columns = linear_sum_assignment(counts, maximize=True)
     common = counts[rows, columns] > 0
+    mapping = np.full(num_clusters, -1)
     mapping[rows[common]] = columns[common]
-    return mapping
-
-
-def _argmax(counts: np.ndarray) -> np.ndarray:
-    return np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
+    return ClusterMatching(mapping, counts, method, list(class_names), space)
 
 
 def _mshot(

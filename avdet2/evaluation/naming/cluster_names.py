@@ -54,13 +54,18 @@ class ClusterNames:
         self._saved = None
         if kind not in ("clusters", "labels"):
             return
-        if self._node.METHOD == "file":
-            self._saved = _saved_matching(self._node.FILE)
-        elif self._node.METHOD not in METHODS:
+        method, path = self._node.METHOD, self._node.FILE
+        if method not in (*METHODS, "file"):
             raise ValueError(
-                f"TEST.MATCHING.METHOD must be one of {', '.join(METHODS)} or file, not "
-                f"{self._node.METHOD!r}"
+                f"TEST.MATCHING.METHOD must be one of {', '.join(METHODS)} or file, not {method!r}"
             )
+        if method == "file":
+            if not os.path.isfile(path):
+                raise ValueError(
+                    f"TEST.MATCHING.FILE {path!r} is not a file, but METHOD file needs one: the "
+                    "cluster_matching.json that an evaluation wrote"
+                )
+            self._saved = ClusterMatching.from_json(path)
 
     @cached_property
     def training(self) -> tuple[Sequence[dict], list[str]]:
@@ -106,8 +111,8 @@ class ClusterNames:
 
         Which labels vote is a matter of the space (:mod:`.label_spaces`). In the spaces "mappable"
         and "all" clusters are matched with labels; then a cluster stands for a class if its label
-        represents the class. With METHOD "manual" and "mshot", and for a detector that learned the
-        labels, it is enough that the class covers the label.
+        represents the class. With METHOD "mshot", and for a detector that learned the labels, it is
+        enough that the class covers the label. So it is with METHOD "manual" in every space.
 
         METHOD "mshot" asks a person for the labels of K * m clips. These are the best of all clips,
         because nobody knows beforehand which clips have a label that votes. So in the space
@@ -127,8 +132,9 @@ class ClusterNames:
         """
         node, train_names = self._node, self.training[1]
         groups = groups | read_groups(node.GROUPS, train_names, class_names)
-        is_known = self.kind == "labels" or node.METHOD == "mshot"
-        merge = node.METHOD == "manual" or (is_known and node.SPACE != "representative")
+        merge = node.METHOD == "manual"
+        if self.kind == "labels" or node.METHOD == "mshot":
+            merge |= node.SPACE != "representative"
         space = label_space(train_names, class_names, node.SPACE, groups, merge)
         match = self._match_labels if self.kind == "labels" else self._match_votes
         return match(space, list(class_names))
@@ -200,12 +206,3 @@ class ClusterNames:
             return {}
         clusters = self.votes.clusters[rows[kept]]
         return cluster_quality(clusters, labels[kept], self.votes.num_clusters)
-
-
-def _saved_matching(path: str) -> ClusterMatching:
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"TEST.MATCHING.FILE {path!r} is not a file, but METHOD file needs one: the "
-            "cluster_matching.json that an evaluation wrote"
-        )
-    return ClusterMatching.from_json(path)
