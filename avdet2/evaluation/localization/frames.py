@@ -20,13 +20,7 @@ from avdet2.evaluation.localization.maps import (
     paint_levels,
     resize_maps,
 )
-from avdet2.evaluation.localization.protocols import (
-    Protocol,
-    chunks,
-    ciou,
-    class_rows,
-    mean_of_frames,
-)
+from avdet2.evaluation.localization.protocols import Protocol, ciou
 
 # A box in the middle of every frame is a strong baseline. Fractions of the frame: x0, y0, x1, y1.
 CONSTANT_BOXES = {
@@ -37,8 +31,10 @@ CONSTANT_BOXES = {
 }
 # Cells by which a corner may lie below a whole one: COCO files round their pixels.
 ROUNDING = 1e-5
-# Above it the map of a silent cluster is noise (DSOL's NSA).
+# Above it the map of a silent cluster is noise (DSOL's NSA). Absolute: no share of the maximum.
 NOISE = 0.2
+# Rows that are on the grid at one time: 13 MB for each byte of a cell.
+CHUNK = 256
 
 
 class GroundTruth(NamedTuple):
@@ -77,21 +73,6 @@ class Prediction(NamedTuple):
     maps: np.ndarray | None = None
     cells: np.ndarray | None = None
     scores: np.ndarray | None = None
-
-
-class Rows(NamedTuple):
-    """
-    What is compared: a row for each frame, or for each class in each frame.
-
-    Attributes:
-        frames: of shape (R,).
-        classes: of shape (R,), or None.
-        cells: R arrays with the ground truth.
-    """
-
-    frames: np.ndarray
-    classes: np.ndarray | None
-    cells: list[np.ndarray]
 
 
 def load_ground_truth(dataset_name: str) -> GroundTruth:
@@ -147,15 +128,6 @@ def pixel_cells(corners: np.ndarray, width: float, height: float) -> np.ndarray:
     return box_cells(corners * GRID / [width, height, width, height] + ROUNDING)
 
 
-def rows_of(truth: GroundTruth, per_class: bool) -> Rows:
-    """
-    The rows that a protocol compares.
-    """
-    if not per_class:
-        return Rows(np.arange(len(truth.cells)), None, truth.cells)
-    return Rows(*class_rows(truth.cells, truth.classes))
-
-
 class FrameScores(NamedTuple):
     """
     cIoU of N frames, NaN where there is no ground truth.
@@ -187,15 +159,23 @@ def score_frames(
         confidences: for boxes, ascending: their foreground are the cells that boxes with at least
             this score cover. None for heatmaps.
     """
-    rows = rows_of(truth, protocol.per_class)
+    # A row for each frame, or for each class in each frame: frame, class, ground truth.
+    rows = [(frame, None, cells) for frame, cells in enumerate(truth.cells)]
+    if protocol.per_class:
+        rows = [
+            (frame, label, cells[truth.classes[frame] == label])
+            for frame, _, cells in rows
+            for label in np.unique(truth.classes[frame]).tolist()
+        ]
     constant, num_constant = _constant_levels(), len(CONSTANT_BOXES)
     num_predicted = 1 if confidences is None else len(confidences)
-    scores = np.empty((num_constant + num_predicted, len(rows.frames)))
-    for part in chunks(len(rows.frames)):
-        paint = paint_consensus if protocol.consensus else paint_levels
-        ground_truth = paint(rows.cells[part])
-        chosen = [predictions[frame] for frame in rows.frames[part]]
-        labels = rows.classes[part] if protocol.class_aware else [None] * len(chosen)
+    scores = np.empty((num_constant + num_predicted, len(rows)))
+    paint = paint_consensus if protocol.consensus else paint_levels
+    for start in range(0, len(rows), CHUNK):
+        frames, labels, cells = zip(*rows[start : start + CHUNK])
+        ground_truth, part = paint(cells), slice(start, start + len(frames))
+        chosen = [predictions[frame] for frame in frames]
+        labels = labels if protocol.class_aware else [None] * len(frames)
         if confidences is None:
             levels = _of_heatmaps(protocol, chosen, labels, class_of)
         else:
@@ -203,8 +183,21 @@ def score_frames(
         fixed = np.broadcast_to(constant, levels.shape)
         scores[:num_constant, part] = ciou(fixed, ground_truth, num_constant)
         scores[num_constant:, part] = ciou(levels, ground_truth, num_predicted)
-    means = [mean_of_frames(values, rows.frames, len(predictions)) for values in scores]
+    frames = np.array([frame for frame, _, _ in rows], dtype=np.int64)
+    means = [_mean_of_frames(values, frames, len(predictions)) for values in scores]
     return FrameScores(np.array(means[num_constant:]), dict(zip(CONSTANT_BOXES, means)))
+
+
+def _mean_of_frames(values: np.ndarray, frames: np.ndarray, num_frames: int) -> np.ndarray:
+    """
+    The mean of the values of each frame, of shape (num_frames,); NaN does not count, and is the
+    mean of a frame without values.
+    """
+    known = ~np.isnan(values)
+    sums = np.bincount(frames[known], values[known], minlength=num_frames)
+    counts = np.bincount(frames[known], minlength=num_frames)
+    with np.errstate(invalid="ignore"):
+        return sums / counts
 
 
 def _constant_levels() -> np.ndarray:
@@ -266,8 +259,11 @@ def noise_areas(
     confidence: float,
 ) -> np.ndarray:
     """
-    What :func:`avdet2.evaluation.localization.protocols.noise_suppression_area` is of 0/1 maps of the boxes
-    of each cluster, or of its heatmap; a frame without a prediction has no noise.
+    NSA of each frame (DSOL): the mean, over the clusters whose class is not in the ground truth, of
+    the share of the frame where their map is at most 0.2, or where they have no box. A frame
+    without a prediction has no noise.
+
+    DSOL's public code takes cluster k for class k here, also where its cIoU uses a matching.
 
     Args:
         truth, predictions, class_of: as in :func:`score_frames`.

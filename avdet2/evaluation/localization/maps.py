@@ -17,43 +17,26 @@ import torch.nn.functional as F
 GRID = 224
 
 
-def boxes_to_maps(boxes: Sequence[np.ndarray], size: int = GRID) -> np.ndarray:
+def box_cells(corners: np.ndarray) -> np.ndarray:
     """
-    The union of each frame's boxes on a grid: 1 in the cells [int(y) : int(y + h),
-    int(x) : int(x + w)] of a box in units of the grid.
+    The cells of boxes: x0 <= x < x1, y0 <= y < y1, none if x1 <= x0 or y1 <= y0.
 
     Args:
-        boxes: N arrays of shape (n, 4), n >= 0: (x, y, width, height) as fractions of the frame.
-            What is outside the frame is cut off.
-        size: cells along each side.
+        corners: of shape (n, 4), x0 y0 x1 y1 in units of the grid.
 
     Returns:
-        uint8 of shape (N, size, size), 0 or 1.
+        int16 of shape (n, 4).
 
     Raises:
-        ValueError: boxes of another shape, or not finite.
+        ValueError: a box that is not finite.
     """
-    return paint_levels(_cells_of_frames(boxes, size), size=size)
-
-
-def consensus_maps(boxes: Sequence[np.ndarray], size: int = GRID) -> np.ndarray:
-    """
-    Flickr-SoundNet's ground truth: min(s / 2, 1), where s is the number of boxes (annotators).
-
-    Args:
-        boxes, size: as in :func:`boxes_to_maps`.
-
-    Returns:
-        float32 of shape (N, size, size), 0, 0.5 or 1.
-
-    Raises:
-        ValueError: as :func:`boxes_to_maps`.
-    """
-    return paint_consensus(_cells_of_frames(boxes, size), size)
+    if not np.isfinite(corners).all():
+        raise ValueError(f"Boxes must be finite, but are {np.asarray(corners).tolist()}.")
+    return np.clip(corners, 0, GRID).astype(np.int16)
 
 
 def paint_levels(
-    cells: Sequence[np.ndarray], levels: Sequence[np.ndarray] | None = None, size: int = GRID
+    cells: Sequence[np.ndarray], levels: Sequence[np.ndarray] | None = None
 ) -> np.ndarray:
     """
     Maps of the highest level among the boxes on a cell, 0 where there is none.
@@ -61,12 +44,11 @@ def paint_levels(
     Args:
         cells: N arrays of shape (n, 4), of :func:`box_cells`.
         levels: N arrays of n integers from 1 to 255, ascending. Default: all boxes have level 1.
-        size: cells along each side.
 
     Returns:
-        uint8 of shape (N, size, size).
+        uint8 of shape (N, 224, 224).
     """
-    maps = np.zeros((len(cells), size, size), np.uint8)
+    maps = np.zeros((len(cells), GRID, GRID), np.uint8)
     # Slices, because nothing is faster: summed corners or products of rows and columns, for all
     # boxes at once, take 20 to 40 times as long.
     for frame, boxes in enumerate(cells):
@@ -76,25 +58,29 @@ def paint_levels(
     return maps
 
 
-def paint_consensus(cells: Sequence[np.ndarray], size: int = GRID) -> np.ndarray:
+def paint_consensus(cells: Sequence[np.ndarray]) -> np.ndarray:
     """
-    :func:`consensus_maps` of boxes that are cells already, as in :func:`paint_levels`.
+    Flickr-SoundNet's ground truth: min(s / 2, 1), where s is the number of boxes (annotators).
+
+    Args:
+        cells: N arrays of shape (n, 4), of :func:`box_cells`.
+
+    Returns:
+        float32 of shape (N, 224, 224), 0, 0.5 or 1.
     """
-    maps = np.zeros((len(cells), size, size), np.float32)
+    maps = np.zeros((len(cells), GRID, GRID), np.float32)
     for frame, boxes in enumerate(cells):
         for x0, y0, x1, y1 in boxes.tolist():
             maps[frame, y0:y1, x0:x1] += 0.5
     return np.minimum(maps, 1, out=maps)
 
 
-def relative_foreground(
-    maps: np.ndarray | Sequence[np.ndarray], threshold: float, size: int = GRID
-) -> np.ndarray:
+def relative_foreground(maps: np.ndarray | Sequence[np.ndarray], threshold: float) -> np.ndarray:
     """
-    Where resized maps are above `threshold` times their maximum, bool of shape (N, size, size);
+    Where resized maps are above `threshold` times their maximum, bool of shape (N, 224, 224);
     nowhere in a map without a positive value.
     """
-    resized = resize_maps(maps, size)
+    resized = resize_maps(maps)
     cuts = threshold * resized.max(axis=(1, 2), keepdims=True)
     # Where the maximum is negative, a share of it is above it.
     return resized > cuts.astype(_float_type(resized))
@@ -120,43 +106,33 @@ def median_foreground(maps: np.ndarray | Sequence[np.ndarray], mode: str) -> np.
     return normalized >= _medians(normalized)
 
 
-def resize_maps(
-    maps: np.ndarray | Sequence[np.ndarray], size: int = GRID, mode: str = "half_pixel"
-) -> np.ndarray:
+def resize_maps(maps: np.ndarray | Sequence[np.ndarray], mode: str = "half_pixel") -> np.ndarray:
     """
-    N maps (h, w), which may differ in size, on a grid.
+    N maps (h, w), which may differ in size, on the grid.
 
     Args:
         maps: numbers; floats keep their precision.
-        size: cells along each side.
         mode: "half_pixel" (cv2.resize, bilinear), or PyTorch's "bilinear" or "bicubic" with aligned
             corners.
 
     Returns:
-        An array of shape (N, size, size).
-
-    Raises:
-        ValueError: a map that is not finite, or not of two dimensions.
+        An array of shape (N, 224, 224).
     """
-    return np.stack([_resize(np.asarray(grid), i, size, mode) for i, grid in enumerate(maps)])
+    return np.stack([_resize(np.asarray(heat), mode) for heat in maps])
 
 
-def _resize(grid: np.ndarray, index: int, size: int, mode: str) -> np.ndarray:
-    if grid.ndim != 2 or not grid.size or not np.isfinite(grid).all():
-        raise ValueError(
-            f"Map {index} of shape {grid.shape} must be a finite map (h, w); one with NaN comes "
-            "from a model whose training diverged."
-        )
-    if grid.shape == (size, size):
-        return grid
-    grid = _floats(grid)
-    if (grid == grid[0, 0]).all():
+def _resize(heat: np.ndarray, mode: str) -> np.ndarray:
+    size = (GRID, GRID)
+    if heat.shape == size:
+        return heat
+    heat = _floats(heat)
+    if (heat == heat[0, 0]).all():
         # Rounding would give a constant map a pattern, which the median rules take for heat.
-        return np.full((size, size), grid[0, 0])
+        return np.full(size, heat[0, 0])
     if mode == "half_pixel":
-        return cv2.resize(grid, (size, size), interpolation=cv2.INTER_LINEAR)
-    tensor = torch.from_numpy(np.ascontiguousarray(grid))[None, None]
-    return F.interpolate(tensor, (size, size), mode=mode, align_corners=True)[0, 0].numpy()
+        return cv2.resize(heat, size, interpolation=cv2.INTER_LINEAR)
+    tensor = torch.from_numpy(np.ascontiguousarray(heat))[None, None]
+    return F.interpolate(tensor, size, mode=mode, align_corners=True)[0, 0].numpy()
 
 
 def _float_type(maps: np.ndarray) -> np.dtype:
@@ -180,36 +156,3 @@ def _medians(maps: np.ndarray) -> np.ndarray:
     flat = maps.reshape(len(maps), -1)
     middle = flat.shape[1] // 2
     return np.partition(flat, middle, axis=1)[:, middle, None, None]
-
-
-def box_cells(corners: np.ndarray, size: int = GRID) -> np.ndarray:
-    """
-    The cells of boxes: x0 <= x < x1, y0 <= y < y1, none if x1 <= x0 or y1 <= y0.
-
-    Args:
-        corners: of shape (n, 4), x0 y0 x1 y1 in units of the grid.
-        size: cells along each side.
-
-    Returns:
-        int16 of shape (n, 4).
-
-    Raises:
-        ValueError: a box that is not finite.
-    """
-    if not np.isfinite(corners).all():
-        raise ValueError(f"Boxes must be finite, but are {np.asarray(corners).tolist()}.")
-    return np.clip(corners, 0, size).astype(np.int16)
-
-
-def _cells_of_frames(boxes: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
-    cells = []
-    for frame, array in enumerate(np.asarray(array, np.float64) for array in boxes):
-        if array.size and (array.ndim != 2 or array.shape[1] != 4):
-            raise ValueError(
-                f"Frame {frame}: boxes must be of shape (n, 4), (x, y, width, height) as fractions "
-                f"of the frame, but are of shape {array.shape}."
-            )
-        corners = array.reshape(-1, 4) * size
-        corners[:, 2:] += corners[:, :2]
-        cells.append(box_cells(corners, size))
-    return cells

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from localization_scores import boxes_to_maps, noise_of_maps, score_maps
 
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
@@ -24,13 +25,7 @@ from avdet2.evaluation.localization.evaluator import (
     LocalizationEvaluator,
     build_localization_evaluator,
 )
-from avdet2.evaluation.localization.protocols import (
-    boxes_to_maps,
-    multi_source_ciou,
-    noise_suppression_area,
-    single_source_ciou,
-    success_auc,
-)
+from avdet2.evaluation.localization.protocols import success_auc
 from avdet2.evaluation.naming.cluster_matching import ClusterMatching
 
 NAMES = ["cello", "flute", "harp"]
@@ -174,14 +169,14 @@ def test_boxes_agree_with_maps_of_clusters(register):
         register(truth), None, ["single", "multi", "multi_agnostic"], 0.3, _matching(mapping)
     )
     results = _run(evaluator, detections)
-    single = single_source_ciou(maps.max(axis=1), boxes)
-    multi = multi_source_ciou(maps, boxes, classes, mapping)
-    agnostic = multi_source_ciou(maps.max(axis=1), boxes, classes, threshold=1e-4)
+    single = score_maps("single", maps.max(axis=1), boxes)
+    multi = score_maps("multi", maps, boxes, classes, mapping)
+    agnostic = score_maps("multi_agnostic", maps.max(axis=1), boxes, classes)
     assert results["single_cIoU"] == pytest.approx(100 * np.nanmean(single))
     assert results["multi_cIoU"] == pytest.approx(100 * np.nanmean(multi))
     assert results["multi_AUC"] == pytest.approx(100 * success_auc(multi))
     assert results["multi_agnostic_cIoU"] == pytest.approx(100 * np.nanmean(agnostic))
-    area = noise_suppression_area(maps, classes, mapping)
+    area = noise_of_maps(maps, classes, mapping)
     assert results["multi_NSA"] == pytest.approx(100 * np.nanmean(area))
 
 
@@ -201,10 +196,10 @@ def test_heatmaps(register, tmp_path):
     wide = torch.nn.functional.interpolate(heat[None, None], (4, 8))[0, 0]
     results = _run(evaluator, {1: _heat(heat, cluster=3), 2: _heat(wide, cluster=0)})
     boxes = [np.array([[0, 0, 0.5, 1]]), np.array([[0, 0, 0.5, 1], [0.5, 0, 0.5, 1]])]
-    single = single_source_ciou([heat.numpy(), wide.numpy()], boxes)
+    single = score_maps("single", [heat.numpy(), wide.numpy()], boxes)
     assert results["single_cIoU"] == pytest.approx(100 * single.mean())
     # Cluster 3 is the cello, cluster 0 a harp that frame 2 does not have.
-    alone = multi_source_ciou(heat.numpy()[None, None], boxes[:1], [[0]], [0])
+    alone = score_maps("multi", heat.numpy()[None, None], boxes[:1], [[0]], [0])
     assert results["multi_cIoU"] == pytest.approx(100 * alone[0] / 2)
     assert 50 < results["multi_NSA"] < 100
     for name in ("lvs", "ez_vsl", "slavc"):
@@ -274,9 +269,9 @@ def test_center_box_is_always_there(register, tmp_path):
         np.array([[0.25, 0.25, 0.5, 0.5], [0, 0, 0.5, 1]]),
     ]
     grid = boxes_to_maps([boxes[0]] * 2)
-    expected = single_source_ciou(grid, boxes)
+    expected = score_maps("single", grid, boxes)
     assert results["center_box_single_cIoU"] == pytest.approx(100 * expected.mean())
-    expected = multi_source_ciou(grid, boxes, [[0], [0, 2]], threshold=1e-4)
+    expected = score_maps("multi_agnostic", grid, boxes, [[0], [0, 2]])
     assert results["center_box_multi_cIoU"] == pytest.approx(100 * expected.mean())
     sizes = _saved(tmp_path)["protocols"]["single"]["constant_boxes"]
     assert list(sizes) == ["full", "center_0.8", "center_0.6", "center_half"]
@@ -498,7 +493,7 @@ def test_probabilities_are_taken_as_they_are(register, tmp_path):
     assert protocols["multi_agnostic"]["metrics"] == pytest.approx(full)
     # The contrast of the first map counts under single, the second is the whole frame.
     boxes = [np.array([[0, 0, 0.5, 1]]), np.array([[0.1, 0.2, 0.2, 0.4], [0.5, 0, 0.5, 1]])]
-    whole = single_source_ciou(np.ones((2, 1, 1)), boxes)
+    whole = score_maps("single", np.ones((2, 1, 1)), boxes)
     cious = [frame["cIoU"] for frame in protocols["single"]["frames"]]
     assert cious[1] == pytest.approx(whole[1]) and cious[0] != pytest.approx(whole[0])
     assert results["single_cIoU"] == pytest.approx(100 * np.mean(cious))
