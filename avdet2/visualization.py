@@ -3,7 +3,6 @@
 Pictures: heatmaps with self-boxes, detections with names, training curves.
 """
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,28 +11,13 @@ import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patheffects import withStroke
-from PIL import Image
 
 from detectron2.utils.visualizer import VisImage, Visualizer
 
+# The least length of a drawn image's short side, in pixels: lines and text on it can be read.
+MIN_SIDE = 320
 # Colours that stay apart, used in turn for classes; brown and grey are lost on photographs.
 PALETTE = [color for i, color in enumerate(plt.get_cmap("tab10").colors) if i not in (5, 7)]
-
-
-def upscale(image: np.ndarray, min_side: int = 320) -> tuple[np.ndarray, float]:
-    """
-    Enlarge a small image, so that lines and text on it can be read.
-
-    Args:
-        image: (H, W, 3) uint8.
-        min_side: the least length of the short side in pixels.
-
-    Returns:
-        tuple: the image, and the factor that boxes must be scaled by.
-    """
-    scale = max(1.0, min_side / min(image.shape[:2]))
-    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
-    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC), scale
 
 
 class _ClearVisualizer(Visualizer):
@@ -50,6 +34,8 @@ class _ClearVisualizer(Visualizer):
     ) -> VisImage:
         output = super().draw_box(box_coord, alpha, edge_color, line_style)
         line = output.ax.patches[-1]
+        # Small images are enlarged, which the line need not be.
+        line.set_linewidth(line.get_linewidth() / output.scale)
         line.set_path_effects([withStroke(linewidth=line.get_linewidth() + 1, foreground="black")])
         return output
 
@@ -93,12 +79,11 @@ def draw_boxes(
     Returns:
         ndarray: (H', W', 3) uint8 RGB, enlarged where ``image`` is small.
     """
-    image, scale = upscale(image)
-    visualizer = _ClearVisualizer(image)
-    for box, is_silent in zip(np.asarray(truth, dtype=np.float64) * scale, silent, strict=True):
+    visualizer = _ClearVisualizer(image, scale=max(1.0, MIN_SIDE / min(image.shape[:2])))
+    for box, is_silent in zip(np.asarray(truth, dtype=np.float64), silent, strict=True):
         visualizer.draw_truth(box, is_silent)
     drawn = visualizer.overlay_instances(
-        boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale,
+        boxes=np.asarray(boxes, dtype=np.float64).reshape(-1, 4),
         labels=labels,
         assigned_colors=[PALETTE[c % len(PALETTE)] for c in classes],
     )
@@ -147,12 +132,8 @@ def save_grid(
         axis.imshow(image, interpolation="antialiased")
         axis.set_title(title, fontsize=9, pad=4)
     figure.tight_layout(pad=0.6)
-    pixels = io.BytesIO()
-    figure.savefig(pixels, dpi=90, bbox_inches="tight", pad_inches=0.05)
+    figure.savefig(path, dpi=90, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
-    # Noise in the two lowest bits, which nobody sees, would be a third of the file.
-    picture = np.minimum(np.asarray(Image.open(pixels).convert("RGB")).astype(int) + 2, 255) & 252
-    Image.fromarray((picture | picture >> 6).astype(np.uint8)).save(path, optimize=True)
 
 
 def read_metrics(path: str | Path) -> list[dict]:

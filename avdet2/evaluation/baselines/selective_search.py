@@ -91,6 +91,13 @@ class SelectiveSearch(BoxRule):
             "quality": search.switchToSelectiveSearchQuality,
             "single": search.switchToSingleStrategy,
         }[self.mode]()
-        # It draws from C's own generator, which OpenCV's seed has no effect on.
-        ctypes.CDLL(None).srand(zlib.crc32(str(image_id).encode()))
+        _seed_c_library(zlib.crc32(str(image_id).encode()))
         return np.asarray(search.process()).reshape(-1, 4)[: self.max_boxes]
+
+
+def _seed_c_library(seed: int) -> None:
+    """
+    Seed the C library's `rand`, from which OpenCV's selective search draws the order of its boxes.
+    Neither Python nor `cv2.setRNGSeed` reaches it.
+    """
+    ctypes.CDLL(None).srand(seed)
