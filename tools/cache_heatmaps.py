@@ -6,9 +6,9 @@ Runs the frozen localizer once over all prepared frames and keeps its heatmaps.
     python tools/cache_heatmaps.py --config-file output/localizer_joint/config.yaml \\
         --prepared prepared --output heatmaps MODEL.WEIGHTS output/localizer_joint/model_final.pth
 
-Run again, it goes on where it stopped; finished shards are not touched. A detector then reads the
+Run again, it goes on where it stopped: a killed run loses the clip it was at. A detector then reads the
 heatmaps in place of running the localizer, with MODEL.SELF_BOX.HEATMAPS heatmaps and
-DATASETS.PREPARED prepared. With --num-gpus (also on CPUs) several processes share the shards.
+DATASETS.PREPARED prepared. With --num-gpus (also on CPUs) several processes share the clips.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from avdet2.self_boxes.teacher import build_localizer
 
 def main(args: argparse.Namespace) -> None:
     """
-    Build the localizer, run it over this process's share of the frames, and count.
+    Build the localizer, run it over the frames, and count.
     """
     # Only the prepared form is read: the videos need not be there.
     args.opts = [*(args.opts or []), "DATASETS.PREPARED", args.prepared, "DATASETS.VIDEOS", ""]
@@ -41,11 +41,8 @@ def main(args: argparse.Namespace) -> None:
     failed = [f"{number} x {reason}" for reason, number in counts.items() if reason and number]
     total = sum(counts.values()) - counts[""]
     failures = f", {total} have none: {', '.join(failed)}" if failed else ""
-    share = f" (share {comm.get_rank() + 1} of {comm.get_world_size()})"
-    print(
-        f"{args.output}{share if comm.get_world_size() > 1 else ''}: {counts['']} frames have "
-        f"heatmaps{failures}"
-    )
+    if comm.is_main_process():
+        print(f"{args.output}: {counts['']} frames have heatmaps{failures}")
 
 
 if __name__ == "__main__":

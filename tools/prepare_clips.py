@@ -3,7 +3,7 @@
 """
 Put clips into the form that training reads fast: small JPEG frames and sound in shards.
 
-Run again, it goes on where it stopped; finished shards are not touched. What could not be read is
+Run again, it goes on where it stopped: a killed run loses the clips it was at. What could not be read is
 listed in `failures.json` and tried again by the next run. Then set DATASETS.PREPARED to the folder.
 """
 
@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from avdet2.data.clips.scan import scan_clips
 from avdet2.data.media.video import MediaError
-from avdet2.data.prepared.packed import PackSettings
-from avdet2.data.prepared.packed_writer import PackedClip, PackedWriter, pack_clip
+from avdet2.data.prepared.reader import PrepareSettings
+from avdet2.data.prepared.writer import NewClip, PreparedWriter, prepare_clip
 from avdet2.utils.parallel import CRASHED, parallel_map
 
 
@@ -56,16 +56,16 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def pack_or_fail(
-    clip: dict[str, Any], settings: PackSettings, root: str
-) -> PackedClip | MediaError:
+def prepare_or_fail(
+    clip: dict[str, Any], settings: PrepareSettings, root: str
+) -> NewClip | MediaError:
     """
     A clip's prepared form, or why there is none.
     """
     # One process per core: OpenCV's own threads would only get in the way.
     cv2.setNumThreads(0)
     try:
-        return pack_clip(clip, settings, root)
+        return prepare_clip(clip, settings, root)
     except MediaError as error:
         return error
 
@@ -113,13 +113,13 @@ def main(args: argparse.Namespace) -> None:
     index = args.index or (os.path.join(args.output, "videos.index.npz") if args.folder else None)
     found = scan_clips(source, args.root, args.clip_seconds, index)
     failures = [{"file": file, "reason": reason} for file, reason in found.skipped]
-    settings = PackSettings(args.fps, args.short_side, args.quality, args.sample_rate)
-    with PackedWriter(args.output, settings, root, args.shard_mb << 20) as writer:
+    settings = PrepareSettings(args.fps, args.short_side, args.quality, args.sample_rate)
+    with PreparedWriter(args.output, settings, root, args.shard_mb << 20) as writer:
         todo, outdated = writer.compare(found.clips)
         warn_of_outdated(outdated)
-        pack = partial(pack_or_fail, settings=settings, root=writer.root)
+        prepare = partial(prepare_or_fail, settings=settings, root=writer.root)
         clips = (found.clips[i] for i in todo)
-        results = parallel_map(pack, clips, min(args.workers, len(todo)), crashed)
+        results = parallel_map(prepare, clips, min(args.workers, len(todo)), crashed)
         for i, result in zip(todo, tqdm(results, "Preparing clips", len(todo), unit="clip")):
             if isinstance(result, MediaError):
                 clip = found.clips[i]

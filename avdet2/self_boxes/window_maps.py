@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 
 from avdet2.data.mappers.av_mapper import ClipSampler, to_image_tensor
-from avdet2.data.prepared.packed import ClipReader
+from avdet2.data.prepared.reader import ClipReader
 from avdet2.modeling.heads import joint_cluster
 from avdet2.modeling.meta_arch.av_localizer import AVLocalizer
 from avdet2.modeling.self_box import bilinear_weights
@@ -77,7 +77,7 @@ class LocalizerMaps:
         self.localizer, self.image_format = fold_batch_norms(localizer), cfg.INPUT.FORMAT
         self.num_clusters = localizer.num_clusters if localizer.has_clusters else 0
         self.crop_size, self.window_fraction = node.CROP_SIZE, node.CROP_SIZE / node.FRAME_SIZE
-        reader = ClipReader(prepared, node.AUDIO_SECONDS, node.SAMPLE_RATE, integer=True)
+        reader = ClipReader(prepared, node.AUDIO_SECONDS, node.SAMPLE_RATE)
         self.sampler = ClipSampler(reader, node.AUDIO_SECONDS, training=True)
         self.flip = flip
 
@@ -113,12 +113,12 @@ class CachedMaps:
             flip: mirror half of the windows.
         """
         self.cache, self.flip = cache, flip
-        config = cache.settings.config
-        self.num_clusters = cache.settings.num_clusters
+        config = cache.settings["config"]
+        self.num_clusters = cache.settings["num_clusters"]
         self.crop_size = config["INPUT.AV.CROP_SIZE"]
         self.window_fraction = self.crop_size / config["INPUT.AV.FRAME_SIZE"]
         # As the localizer rounds the size of its images.
-        self.cells = max(1, round(self.crop_size / cache.settings.stride))
+        self.cells = max(1, round(self.crop_size / cache.settings["stride"]))
         self.sampler = ClipSampler(cache, config["INPUT.AV.AUDIO_SECONDS"], training=True)
         self._make, self._on_the_fly = on_the_fly, None
 

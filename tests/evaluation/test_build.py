@@ -19,9 +19,9 @@ from detectron2.structures import Boxes, Instances
 
 from avdet2.data.clips.scan import training_clips
 from avdet2.data.datasets.synthetic import register_synthetic
-from avdet2.data.prepared import packed
-from avdet2.data.prepared.packed import PackSettings
-from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
+from avdet2.data.prepared import reader
+from avdet2.data.prepared.reader import PrepareSettings
+from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
 from avdet2.engine import load_cfg, use_own_videos
 from avdet2.engine.stages import self_box_detector, stage_kind
 from avdet2.evaluation import build
@@ -275,10 +275,10 @@ def own_videos(tiny_datasets, tmp_path):
         ],
     )
     use_own_videos(cfg)
-    settings = PackSettings(fps=2.0, short_side=64)
-    with PackedWriter(str(tmp_path / "prepared"), settings, str(root), 1 << 24) as writer:
+    settings = PrepareSettings(fps=2.0, short_side=64)
+    with PreparedWriter(str(tmp_path / "prepared"), settings, str(root), 1 << 24) as writer:
         for clip in training_clips(cfg.DATASETS.TRAIN)[0]:
-            writer.add(pack_clip(clip, settings, writer.root))
+            writer.add(prepare_clip(clip, settings, writer.root))
     localizer = load_cfg(
         str(CONFIGS / "synthetic_joint.yaml"),
         ["MODEL.LOCALIZER.NUM_CLUSTERS", "4", "DATALOADER.NUM_WORKERS", "0"],
@@ -301,7 +301,7 @@ def test_a_labelled_list_of_own_videos_with_a_test_set(own_videos, tmp_path, mon
         raise AssertionError("the prepared form holds all clips")
 
     monkeypatch.setattr(votes, "collect_votes", collect)
-    monkeypatch.setattr(packed, "read_sample", original)
+    monkeypatch.setattr(reader, "read_sample", original)
     for _ in range(2):
         names = stage_kind(cfg).class_names(nn.Module())
         evaluator = build_evaluator(cfg, "built_av_test", names)

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +25,13 @@ from detectron2.config import get_cfg
 
 from avdet2.config import add_avdet2_config
 from avdet2.data.media.video import MediaError
-from avdet2.data.prepared import packed_writer
-from avdet2.data.prepared.packed import PackSettings
-from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
+from avdet2.data.prepared import writer as prepared_writer
+from avdet2.data.prepared.reader import PreparedClips, PrepareSettings
+from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
 from avdet2.modeling.self_box import heatmaps_to_boxes
 from avdet2.self_boxes import heatmap_writer, window_maps
 from avdet2.self_boxes import mapper as self_box_mapper
-from avdet2.self_boxes.heatmap_cache import FAILURES, HeatmapCache, read_settings, settings_text
+from avdet2.self_boxes.heatmap_cache import FAILURES, HeatmapCache, Heatmaps
 from avdet2.self_boxes.heatmap_writer import write_heatmaps
 from avdet2.self_boxes.mapper import SelfBoxMapper
 from avdet2.self_boxes.window_maps import CachedMaps, LocalizerMaps, crop_heatmap
@@ -99,18 +100,20 @@ def _cfg(num_workers: int = 0):
     return cfg
 
 
-def _prepare(folder: Path, clips: list[dict[str, Any]], media: type = FakeMedia) -> None:
+def _prepare(
+    folder: Path, clips: list[dict[str, Any]], media: type = FakeMedia, **changes: Any
+) -> None:
     """
     Write shards of three clips.
     """
-    settings = PackSettings()
+    settings = PrepareSettings(**changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_writer, "MediaFile", media)
-        with PackedWriter(str(folder), settings, "/videos", 1 << 30) as writer:
+        patch.setattr(prepared_writer, "MediaFile", media)
+        with PreparedWriter(str(folder), settings, "/videos", 1 << 30) as writer:
             for number, clip in enumerate(clips):
-                writer.add(pack_clip(clip, settings, "/videos"))
+                writer.add(prepare_clip(clip, settings, "/videos"))
                 if number in (2, 5):
-                    writer._finish()
+                    writer.close_shard()
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +151,27 @@ def _open(folder: Path, name: str = "cache") -> HeatmapCache:
     return HeatmapCache(str(folder / name), str(folder / "prepared"), str(folder / "weights.pth"))
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    # `heatmaps.json` has the path of the weights in it, which tests copy.
-    names = (".lock", "heatmaps.json")
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in names}
+def _records(folder: Path) -> dict[bytes, list[bytes]]:
+    store, found = Heatmaps(folder), {}
+    for place in store.places():
+        record = store.record(place)
+        found[store.rows["key"][place]] = [bytes(record[i]) for i in range(len(record))]
+    return found
+
+
+def _without(folder: Path, tmp_path: Path, numbers: set[int]) -> Path:
+    """
+    A copy whose `cache` lacks some of the clips.
+    """
+    folder = _copy(folder, tmp_path)
+    shutil.rmtree(folder / "cache")
+    shutil.copytree(folder / "prepared", folder / "all")
+    shutil.rmtree(folder / "prepared")
+    _prepare(folder / "prepared", [clip for i, clip in enumerate(_clips()) if i not in numbers])
+    _write(folder, "cache")
+    shutil.rmtree(folder / "prepared")
+    (folder / "all").rename(folder / "prepared")
+    return folder
 
 
 def _mapper(folder: Path, cached: bool, **changes: Any) -> SelfBoxMapper:
@@ -287,7 +307,7 @@ def test_what_is_in_it(folder):
             cache.read({**clip, **other}, 1.0)
     for seconds, number in ((-1.0, 0), (1.1, 4), (9.0, 11)):
         frame, cached = cache.read(clip, seconds)
-        stored, _, time = cache.packed.read(clip, seconds)
+        stored, _, time = cache.prepared.read(clip, seconds)
         assert np.array_equal(frame, stored) and time == number / 4
         image = torch.from_numpy(frame.transpose(2, 0, 1).copy())
         sound = torch.full((24000,), 3277, dtype=torch.int16)
@@ -347,9 +367,7 @@ def _copy(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_clips_that_are_not_in_it(folder, tmp_path, loaded, caplog):
-    folder = _copy(folder, tmp_path)
-    for path in (folder / "cache").glob("shard_00001.*"):
-        path.unlink()
+    whole, folder = folder, _without(folder, tmp_path, {3, 4, 5})
     with caplog.at_level(logging.WARNING):
         mapper = _mapper(folder, True)
     assert "no heatmaps of 3 of the 7 clips" in caplog.text and len(caplog.records) == 1
@@ -361,16 +379,15 @@ def test_clips_that_are_not_in_it(folder, tmp_path, loaded, caplog):
     assert len(loaded) == 1 and len(caplog.records) == 1
     # The next run adds what is missing, and leaves the rest.
     before = {p: p.stat().st_mtime_ns for p in (folder / "cache").glob("shard_*")}
-    _write(folder, "cache")
+    counts = _write(folder, "cache")
+    assert counts[""] == 12 * CLIPS - 6 and counts["no sound at that time"] == 6
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert _files(folder / "cache") == _files(tmp_path.parent / folder.parent / "copy" / "cache")
+    assert _records(folder / "cache") == _records(whole / "cache")
     assert len(_open(folder)) == CLIPS
 
 
 def test_another_config_for_clips_that_are_not_in_it(folder, tmp_path, monkeypatch):
-    folder = _copy(folder, tmp_path)
-    for path in (folder / "cache").glob("shard_00001.*"):
-        path.unlink()
+    folder = _without(folder, tmp_path, {3})
     cfg = _cfg()
     cfg.INPUT.AV.CROP_SIZE = 192
     monkeypatch.setattr(self_box_mapper, "load_localizer", lambda *_: (ColourLocalizer(), cfg))
@@ -380,38 +397,30 @@ def test_another_config_for_clips_that_are_not_in_it(folder, tmp_path, monkeypat
         mapper(_clips()[3])
 
 
-@pytest.mark.parametrize("name", ["shard_00000.maps", "shard_00000.npz"])
-def test_broken_shards_are_noticed_at_once(folder, tmp_path, name):
+def test_a_broken_shard_is_noticed_at_once(folder, tmp_path):
     folder = _copy(folder, tmp_path)
-    path = folder / "cache" / name
+    path = folder / "cache" / "shard_000000.bin"
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match="shard_00000.npz is damaged .* delete shard_00000"):
-        _open(folder)
-    with pytest.raises(ValueError, match="shard_00000.npz is damaged"):
-        _write(folder, "cache")
+    for use in (_open, lambda folder: _write(folder, "cache")):
+        with pytest.raises(ValueError, match="shard_000000.npz is damaged .* delete shard_000000"):
+            use(folder)
 
 
 def test_changed_bytes_are_noticed(folder, tmp_path):
     folder = _copy(folder, tmp_path)
-    path = folder / "cache" / "shard_00002.maps"
+    path = folder / "cache" / "shard_000000.bin"
     whole = path.read_bytes()
-    for place in np.linspace(0, len(whole) - 1, 9).astype(int):
+    rows = _open(folder).store.rows
+    first = int(rows[-1]["at"]) + rows.itemsize
+    for place in np.linspace(first, len(whole) - 1, 15).astype(int):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         failed = []
         for seconds in np.arange(0, 3, 0.25):
             try:
                 _open(folder).read(_clips()[6], seconds)
             except MediaError as error:
-                failed.append(error.reason)
-        assert set(failed) == {"damaged in the heatmap cache"}
-
-
-def test_shards_of_other_clips(folder, tmp_path):
-    folder = _copy(folder, tmp_path)
-    for suffix in (".npz", ".maps"):
-        shutil.copy(folder / f"cache/shard_00000{suffix}", folder / f"cache/shard_00001{suffix}")
-    with pytest.raises(ValueError, match="shard_00001.npz is of other clips"):
-        _open(folder)
+                failed.append((error.reason, str(path) in error.detail))
+        assert set(failed) == {("damaged in the heatmap cache", True)}
 
 
 class OtherMedia(FakeMedia):
@@ -424,57 +433,18 @@ class OtherMedia(FakeMedia):
             yield np.maximum(frame, 40)
 
 
-def _prepare_anew(folder: Path, shard: int) -> None:
-    _prepare(folder / "other", _clips(), OtherMedia)
-    for suffix in (".jpg", ".pcm", ".npz"):
-        name = f"shard_{shard:05d}{suffix}"
-        shutil.copy(folder / "other" / name, folder / "prepared" / name)
-
-
-def test_clips_that_were_prepared_anew(folder, tmp_path):
+def test_clips_that_were_prepared_anew(folder, tmp_path, caplog):
     folder = _copy(folder, tmp_path)
-    _prepare_anew(folder, 2)
-    for use in (_open, lambda folder: _write(folder, "cache")):
-        with pytest.raises(ValueError, match="shard_00002.npz is of other clips .* delete shard_0"):
-            use(folder)
-    for path in (folder / "cache").glob("shard_00002.*"):
-        path.unlink()
-    _write(folder, "cache")
+    _prepare(folder / "prepared", _clips()[6:], OtherMedia)
+    with caplog.at_level(logging.WARNING):
+        cache = _open(folder)
+    assert "no heatmaps of 1 of the 7 clips" in caplog.text
+    assert _clips()[6] not in cache and _clips()[5] in cache
+    localizer = ColourLocalizer()
+    counts = _write(folder, "cache", localizer)
+    assert localizer.calls == 1 and counts[""] == 12 * CLIPS - 6
     frame, cached = _open(folder).read(_clips()[6], 1.0)
     assert frame.min() > 20 and cached.heatmap.min() > 0.1
-
-
-def test_a_part_of_clips_that_were_prepared_anew(folder, tmp_path, monkeypatch, caplog):
-    folder, _ = _killed(folder, tmp_path, monkeypatch)
-    _prepare_anew(folder, 1)
-    with caplog.at_level(logging.WARNING):
-        _write(folder, "killed")
-    assert "damaged behind its clip 0" in caplog.text
-    assert _open(folder, "killed").read(_clips()[3], 1.0)[1].heatmap.min() > 0.1
-
-
-def test_changed_settings_and_tables_are_noticed(folder, tmp_path):
-    folder = _copy(folder, tmp_path)
-    for name, step in (("heatmaps.json", 23), ("shard_00002.npz", 31)):
-        path = folder / "cache" / name
-        whole = path.read_bytes()
-        expected = _open(folder).read(_clips()[6], 1.0)[1]
-        for place in range(0, len(whole), step):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            # Some bytes of a zip file say nothing.
-            try:
-                found = _open(folder).read(_clips()[6], 1.0)[1]
-            except ValueError as error:
-                assert path.name in str(error) or "was made with" in str(error)
-            else:
-                assert name.endswith("npz")
-                np.testing.assert_array_equal(found.heatmap, expected.heatmap)
-        path.write_bytes(whole)
-    (folder / "cache" / "heatmaps.json").unlink()
-    with pytest.raises(ValueError, match="heatmaps.json is missing"):
-        _open(folder)
-    with pytest.raises(ValueError, match="cache holds shards, but no heatmaps.json"):
-        _write(folder, "cache")
 
 
 def test_other_settings(folder, tmp_path):
@@ -482,13 +452,30 @@ def test_other_settings(folder, tmp_path):
     cfg = _cfg()
     cfg.INPUT.AV.FRAME_SIZE = 224
     words = (str(folder / "weights.pth"), str(folder / "prepared"), str(folder / "cache"))
-    with pytest.raises(ValueError, match="FRAME_SIZE.*use another folder"):
+    with pytest.raises(
+        ValueError, match="config INPUT.AV.FRAME_SIZE 256 and not 224: use .*another"
+    ):
         write_heatmaps(ColourLocalizer(), cfg, *words)
-    settings = read_settings(str(folder / "cache"))
-    settings.packed["fps"] = 2.0
-    (folder / "cache" / "heatmaps.json").write_text(settings_text(settings))
-    with pytest.raises(ValueError, match="'fps': 2.0.*'fps': 4.0"):
-        _open(folder)
+    _prepare(folder / "fewer", _clips()[:2], fps=2.0)
+    with pytest.raises(ValueError, match="'fps': 4.0.*'fps': 2.0.*set DATASETS.PREPARED"):
+        HeatmapCache(str(folder / "cache"), str(folder / "fewer"), words[0])
+
+
+def test_a_cache_is_of_all_that_its_heatmaps_depend_on(folder):
+    config = _open(folder).settings["config"]
+    for key in (
+        "INPUT.AV.FRAME_SIZE",
+        "INPUT.AV.AUDIO_SECONDS",
+        "INPUT.FORMAT",
+        "MODEL.PIXEL_MEAN",
+        "MODEL.PIXEL_STD",
+        "MODEL.LOCALIZER.SPECTROGRAM.N_MELS",
+        "MODEL.LOCALIZER.OBJECTIVE",
+        "MODEL.LOCALIZER.OBJECT_DICTIONARY",
+        "MODEL.LOCALIZER.NORMALIZE",
+        "MODEL.LOCALIZER.VISUAL_FEATURE",
+    ):
+        assert any(name.startswith(key) for name in config), key
 
 
 def test_heatmaps_that_are_not_finite(folder):
@@ -515,13 +502,16 @@ def test_heatmaps_that_are_not_finite(folder):
 
 def test_damaged_prepared_clips_are_counted(folder, tmp_path):
     folder = _copy(folder, tmp_path)
-    path = folder / "prepared" / "shard_00002.jpg"
-    whole = path.read_bytes()
-    # The first byte is of the table of frames: nothing of the clip can be read.
-    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    path = folder / "prepared" / "shard_000002.bin"
+    whole, row = path.read_bytes(), PreparedClips.dtype().itemsize
+    # The first byte behind the row is of the table of parts: nothing of the clip can be read.
+    path.write_bytes(whole[:row] + bytes([whole[row] ^ 1]) + whole[row + 1 :])
     assert _write(folder, "damaged")["damaged in its prepared form"] == 1
-    # The last one is of the last frame.
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    # The last frame.
+    path.write_bytes(whole)
+    record = PreparedClips(folder / "prepared").record(CLIPS - 1)
+    place = whole.index(bytes(record[12]))
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     assert _write(folder, "damaged last")["damaged in its prepared form"] == 1
     with pytest.raises(MediaError, match="damaged in its prepared form"):
         _open(folder, "damaged last").read(_clips()[6], 2.75)
@@ -538,55 +528,22 @@ class Killed(ColourLocalizer):
         return super().localize(batch)
 
 
-def _killed(folder: Path, tmp_path: Path, monkeypatch) -> tuple[Path, dict[str, bytes]]:
-    """
-    A copy whose `killed` cache has one finished shard and one of three clips in the making.
-    """
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_killed_run_is_gone_on_with(folder, tmp_path, caplog, damage):
     folder = _copy(folder, tmp_path)
-    monkeypatch.setattr(heatmap_writer, "CLIPS_PER_FLUSH", 1)
     context = multiprocessing.get_context("fork")
     process = context.Process(target=_write, args=(folder, "killed", Killed()))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    left = _files(folder / "killed")
-    assert sorted(left) == [
-        ".shard_00001.log", "shard_00000.maps", "shard_00000.npz", "shard_00001.maps",
-    ]  # fmt: skip
-    return folder, left
-
-
-def _is_finished(folder: Path, calls: int) -> bool:
+    path = folder / "killed" / "shard_000000.bin"
+    if damage:
+        path.write_bytes(path.read_bytes()[:-5])
     localizer = ColourLocalizer()
     _write(folder, "killed", localizer)
-    assert _files(folder / "killed") == _files(folder / "cache")
-    return localizer.calls == calls
-
-
-def test_a_killed_run_is_gone_on_with(folder, tmp_path, monkeypatch):
-    folder, _ = _killed(folder, tmp_path, monkeypatch)
-    assert len(_open(folder, "killed")) == 3
-    before = {p: p.stat().st_mtime_ns for p in (folder / "killed").glob("shard_00000*")}
     # Of seven clips four were there.
-    assert _is_finished(folder, 3)
-    assert {p: p.stat().st_mtime_ns for p in before} == before
-
-
-@pytest.mark.parametrize("name", ["shard_00001.maps", ".shard_00001.log"])
-@pytest.mark.parametrize("change", ["added", "cut", "changed", "removed"])
-def test_a_damaged_part_is_noticed(folder, tmp_path, monkeypatch, caplog, name, change):
-    folder, left = _killed(folder, tmp_path, monkeypatch)
-    path, data = folder / "killed" / name, left[name]
-    if change == "removed":
-        path.unlink()
-    else:
-        changed = data[:9] + bytes([data[9] ^ 1]) + data[10:]
-        path.write_bytes({"added": data + b"12345", "cut": data[:-5], "changed": changed}[change])
-    with caplog.at_level(logging.WARNING):
-        # What was not logged is made without a word; so is a row that is not complete.
-        assert _is_finished(folder, 3 if change == "added" else 4)
-    damaged = change == "changed" or (change == "cut" and name.endswith(".maps"))
-    assert ("damaged behind its clip 0" in caplog.text) == damaged
+    assert localizer.calls == 3 + damage and ("whole records" in caplog.text) == damage
+    assert _records(folder / "killed") == _records(folder / "cache")
 
 
 def test_one_run_at_a_time(folder, tmp_path):
@@ -596,7 +553,7 @@ def test_one_run_at_a_time(folder, tmp_path):
     class Second(ColourLocalizer):
         def localize(self, batch: list[dict]):
             if not errors:
-                with pytest.raises(ValueError, match="another run is writing there") as error:
+                with pytest.raises(ValueError, match="another process is writing there") as error:
                     _write(folder, "locked")
                 errors.append(error)
             return super().localize(batch)
@@ -611,21 +568,30 @@ def test_workers_give_the_same_bytes(folder, tmp_path, monkeypatch):
     folder = _copy(folder, tmp_path)
     monkeypatch.setattr(heatmap_writer, "BATCH_SIZE", 5)
     _write(folder, "workers", num_workers=2)
-    assert _files(folder / "workers") == _files(folder / "cache")
+    assert _records(folder / "workers") == _records(folder / "cache")
 
 
 def test_each_process_takes_its_share(folder, tmp_path, monkeypatch):
     folder = _copy(folder, tmp_path)
     monkeypatch.setattr(heatmap_writer.comm, "get_world_size", lambda: 2)
-    total = sum(_write(folder, "cache").values())
-    for rank, shards in ((0, [0, 2]), (1, [1])):
-        monkeypatch.setattr(heatmap_writer.comm, "get_rank", lambda: rank)
-        before = set((folder / "shares").glob("*.npz"))
-        counts = _write(folder, "shares")
-        total -= sum(counts.values()) if rank == 0 else 0
-        new = sorted(p.stem for p in set((folder / "shares").glob("*.npz")) - before)
-        assert new == [f"shard_{shard:05d}" for shard in shards]
-    assert total == 0 and _files(folder / "shares") == _files(folder / "cache")
+    monkeypatch.setattr(
+        heatmap_writer.comm, "get_rank", lambda: int(threading.current_thread().name[-1])
+    )
+    monkeypatch.setattr(heatmap_writer.comm, "synchronize", threading.Barrier(2, timeout=60).wait)
+    localizers, counts = [ColourLocalizer(), ColourLocalizer()], {}
+
+    def run() -> None:
+        rank = heatmap_writer.comm.get_rank()
+        counts[rank] = _write(folder, "shares", localizers[rank])
+
+    threads = [threading.Thread(target=run, name=f"rank {rank}") for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [localizer.calls for localizer in localizers] == [4, 3]
+    assert counts[0] == counts[1] and counts[0][""] == 12 * CLIPS - 6
+    assert _records(folder / "shares") == _records(folder / "cache")
 
 
 def test_sources_agree_on_what_they_are(folder):

@@ -45,8 +45,8 @@ class FakeReader:
     blobs = [(90, 150, 140, 190)]
     broken = False
 
-    def __init__(self, prepared: str, duration: float, sample_rate: int, integer: bool) -> None:
-        self.settings = (prepared, duration, sample_rate, integer)
+    def __init__(self, prepared: str, duration: float, sample_rate: int) -> None:
+        self.settings = (prepared, duration, sample_rate)
 
     def read(self, clip: dict, seconds: float) -> tuple[np.ndarray, np.ndarray]:
         if self.broken:
@@ -263,7 +263,7 @@ def test_the_localizer_is_loaded_by_the_worker(world):
     for _ in range(3):
         mapper(_clip())
     assert world.loaded == [("config.yaml", "model_final.pth")]
-    assert mapper.source.sampler.reader.settings == ("somewhere", 1.0, 24000, True)
+    assert mapper.source.sampler.reader.settings == ("somewhere", 1.0, 24000)
 
 
 def test_a_missing_localizer_is_one_clear_error():

@@ -5,6 +5,7 @@ tools/cache_heatmaps.py with a tiny localizer on a tiny synthetic benchmark, and
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -24,8 +25,9 @@ from detectron2.modeling import build_model
 
 from avdet2.config_file import load_cfg
 from avdet2.data.clips.scan import load_av_clips
-from avdet2.data.prepared.packed import PackedClips, PackSettings
-from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
+from avdet2.data.prepared.reader import PreparedClips, PrepareSettings
+from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
+from avdet2.self_boxes.heatmap_cache import Heatmaps
 from avdet2.self_boxes.mapper import SelfBoxMapper
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,11 +42,11 @@ def world(tiny_datasets, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("cache")
     root = str(tiny_datasets / "synthetic_av")
     clips = list(load_av_clips(f"{root}/train.csv", root))
-    settings = PackSettings(short_side=64)
-    with PackedWriter(str(folder / "prepared"), settings, root, shard_bytes=400_000) as writer:
+    settings = PrepareSettings(short_side=64)
+    with PreparedWriter(str(folder / "prepared"), settings, root, shard_bytes=400_000) as writer:
         for clip in clips:
-            writer.add(pack_clip(clip, settings, root))
-    assert len(PackedClips(str(folder / "prepared")).shards) > 2
+            writer.add(prepare_clip(clip, settings, root))
+    assert len(PreparedClips(str(folder / "prepared")).shards) > 2
     opts = ["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", "()", "DATALOADER.NUM_WORKERS", "0"]
     opts += ["MODEL.LOCALIZER.NUM_CLUSTERS", "3", "INPUT.AV.FRAME_SIZE", "60"]
     opts += ["INPUT.AV.CROP_SIZE", "48"]
@@ -80,8 +82,12 @@ def _run(world: SimpleNamespace, name: str, *opts: str) -> None:
     main(parser.parse_args(_words(world, name, *opts)))
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.glob("shard_*")}
+def _records(folder: Path) -> dict[bytes, list[bytes]]:
+    store, found = Heatmaps(folder), {}
+    for place in store.places():
+        record = store.record(place)
+        found[store.rows["key"][place]] = [bytes(record[i]) for i in range(len(record))]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +121,12 @@ def test_it_says_how_to_use_it():
 
 def test_all_frames_are_cached_and_used(world, cache, capsys):
     _run(world, "whole")
-    frames = sum(int(shard["frames"].sum()) for shard in _tables(world.prepared))
+    prepared = PreparedClips(world.prepared)
+    frames = sum(len(prepared.clip(place).times) for place in prepared.places())
     assert f"{cache}: {frames} frames have heatmaps\n" in capsys.readouterr().out
     settings = json.loads((cache / "heatmaps.json").read_text())["settings"]
     assert settings["num_clusters"] == 3 and settings["config"]["INPUT.AV.FRAME_SIZE"] == 60
-    assert settings["weights"] == world.weights
+    assert json.loads((cache / "heatmaps.json").read_text())["weights"] == world.weights
     on_the_fly, cached = _mapper(world, ""), _mapper(world, cache)
     for i, clip in enumerate(world.clips):
         samples = []
@@ -131,17 +138,9 @@ def test_all_frames_are_cached_and_used(world, cache, capsys):
     assert cached.source._on_the_fly is None
 
 
-def _tables(prepared: str) -> list[np.ndarray]:
-    tables = []
-    for shard in PackedClips(prepared).shards:
-        with np.load(shard) as stored:
-            tables.append(stored["clips"])
-    return tables
-
-
 def test_on_a_gpu(gpu, world, cache):
     _run(world, "gpu", "MODEL.DEVICE", "cuda", "DATALOADER.NUM_WORKERS", "1")
-    assert _files(world.folder / "gpu").keys() == _files(cache).keys()
+    assert _records(world.folder / "gpu").keys() == _records(cache).keys()
     mappers = _mapper(world, cache), _mapper(world, world.folder / "gpu")
     for i, clip in enumerate(world.clips):
         boxes = []
@@ -158,15 +157,16 @@ def test_a_killed_run_is_gone_on_with(world, cache):
     folder = world.folder / "killed"
     process = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, stdout=-3)
     end = time.time() + 60
-    while time.time() < end and not list(folder.glob("*.npz")):
+    while time.time() < end and not list(folder.glob("*.bin")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = {p: p.stat().st_mtime_ns for p in folder.glob("*.npz")}
-    assert before
+    (path,) = folder.glob("*.bin")
+    before = path.read_bytes()
     _run(world, "killed")
-    assert _files(folder) == _files(cache)
-    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert _records(folder) == _records(cache)
+    # A record that was not whole is cut.
+    assert not path.exists() or before.startswith(path.read_bytes()) or not before
 
 
 def test_wrong_weights_are_refused(world, cache):
@@ -174,7 +174,7 @@ def test_wrong_weights_are_refused(world, cache):
     with pytest.raises(ValueError, match=f"made with {world.weights}.*not with .*{other}"):
         _mapper(world, cache, other)
     # Nor are they added to the others.
-    with pytest.raises(ValueError, match="sha256 .* use another folder"):
+    with pytest.raises(ValueError, match="sha256 .* use the same or another folder"):
         _run(world, "whole", "MODEL.WEIGHTS", other)
 
 
@@ -193,5 +193,6 @@ def test_several_processes(world, cache):
     words = [sys.executable, str(TOOL), "--num-gpus", "2", *_words(world, "shared")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     found = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-    assert "(share 1 of 2)" in found.stdout and "(share 2 of 2)" in found.stdout
-    assert _files(world.folder / "shared") == _files(cache)
+    (frames,) = re.findall(r"shared: (\d+) frames have heatmaps", found.stdout)
+    assert int(frames) == sum(len(parts) - 1 for parts in _records(cache).values())
+    assert _records(world.folder / "shared") == _records(cache)

@@ -16,8 +16,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.data.clips.scan import scan_clips
-from avdet2.data.prepared.packed import PackedClips, PackSettings, clip_key
-from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
+from avdet2.data.prepared.reader import PreparedClips, PrepareSettings, clip_key
+from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
 from avdet2.data.synthetic.generator import Settings, make_item
 from avdet2.data.synthetic.sounds import SAMPLE_RATE
 from avdet2.data.synthetic.writer import write_video
@@ -57,8 +57,8 @@ def register_clips(
     if args.clips:
         clips = list(scan_clips(args.clips).clips)
         if prepared:
-            packed = PackedClips(prepared)
-            clips = [clip for clip in clips if clip in packed]
+            there = PreparedClips(prepared)
+            clips = [clip for clip in clips if clip in there]
         if not clips:
             raise ValueError(f"{prepared} holds none of the clips of {args.clips}")
     else:
@@ -87,19 +87,17 @@ def write_copies(folder: str, count: int, side: int = 256, seconds: float = 10.0
     """
     root = os.path.abspath(folder)
     item = make_item(Settings(size=side, seconds=seconds), "train", 0)
-    settings = PackSettings(short_side=side)
+    settings = PrepareSettings(short_side=side)
     clips = []
-    with PackedWriter(folder, settings, root) as writer:
+    with PreparedWriter(folder, settings, root) as writer:
         video = Path(folder) / "video.mp4"
         write_video(video, item.frames, item.waveform, 8, SAMPLE_RATE)
         clip = {"file_name": str(video), "start": 0.0, "duration": seconds}
-        packed = pack_clip(clip, settings, writer.root)
+        made = prepare_clip(clip, settings, writer.root)
         video.unlink()
         for i in range(count):
             name = os.path.join(writer.root, f"{i:06d}.mp4")
-            entry = packed.entry.copy()
-            entry["key"], entry["check"] = clip_key(writer.root, name, 0.0)
-            writer.add(packed._replace(entry=entry))
+            writer.add(made._replace(key=clip_key(writer.root, name, 0.0)))
             numbers = {"width": side, "height": side, "sample_id": i, "image_id": i}
             clips.append({**clip, "file_name": name, **numbers})
     return clips

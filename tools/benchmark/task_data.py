@@ -22,8 +22,8 @@ from avdet2.config import add_avdet2_config
 from avdet2.data.clips.scan import load_av_clips
 from avdet2.data.mappers.av_mapper import AVMapper, ClipSampler, to_image_tensor
 from avdet2.data.media.video import MediaError, read_audio, read_frame
-from avdet2.data.prepared.packed import ClipReader, PackSettings
-from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
+from avdet2.data.prepared.reader import ClipReader, PrepareSettings
+from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
 from avdet2.modeling.spectrogram import LogSpectrogram
 from avdet2.structures.batch import PairBatch
 from avdet2.structures.windows import random_window
@@ -96,13 +96,13 @@ def _prepare(report: Report, clips: list[dict], videos: str, folder: str) -> lis
     """
     Write the prepared form; return the clips that could be read.
     """
-    kept, settings = [], PackSettings()
+    kept, settings = [], PrepareSettings()
     root = videos if os.path.isdir(videos) else os.path.dirname(os.path.abspath(videos))
     begin = cpu_seconds()
-    with PackedWriter(folder, settings, root) as writer:
+    with PreparedWriter(folder, settings, root) as writer:
         for clip in clips:
             try:
-                writer.add(pack_clip(clip, settings, writer.root))
+                writer.add(prepare_clip(clip, settings, writer.root))
                 kept.append(clip)
             except MediaError as error:
                 report.notes.append(f"Left out: {error}")

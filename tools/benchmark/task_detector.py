@@ -22,7 +22,7 @@ from detectron2.structures import Boxes, Instances
 from avdet2.config_file import load_cfg
 from avdet2.data.loaders import build_list_loader
 from avdet2.data.mappers.av_mapper import limit_threads, to_image_tensor
-from avdet2.data.prepared.packed import PackedClips
+from avdet2.data.prepared.reader import PreparedClips
 from avdet2.self_boxes.heatmap_writer import write_heatmaps
 from avdet2.self_boxes.mapper import SelfBoxMapper
 from avdet2.self_boxes.teacher import load_localizer
@@ -78,7 +78,7 @@ class StoredBoxMapper:
             cfg: of the detector, with DATASETS.PREPARED.
             fraction: of the short side, that a window has.
         """
-        self.clips = PackedClips(cfg.DATASETS.PREPARED)
+        self.clips = PreparedClips(cfg.DATASETS.PREPARED)
         self.size, self.image_format = cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.INPUT.FORMAT
         self.fraction, self.flip = fraction, cfg.INPUT.RANDOM_FLIP == "horizontal"
 
@@ -91,10 +91,8 @@ class StoredBoxMapper:
             dict: "image" (3, S, S) uint8 and "instances", beside the clip's entries.
         """
         limit_threads()
-        name = clip["file_name"]
-        place = self.clips.place(clip)
-        number = np.random.randint(len(self.clips.times(place, name)))
-        frame = self.clips.image(place, number, name)
+        stored = self.clips.clip(self.clips.place(clip))
+        frame = stored.image(np.random.randint(len(stored.times)))
         height, width = frame.shape[:2]
         window = random_window(height, width, self.fraction, self.flip)
         transform = window.transforms(self.size)

@@ -9,7 +9,6 @@ The clips are made up, with an index of their files, which need not be there.
 import argparse
 import gc
 import itertools
-import json
 import logging
 import multiprocessing
 import os
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +32,8 @@ from avdet2.data.clips.clip_table import ClipTable
 from avdet2.data.clips.file_table import FileNames, FileTable
 from avdet2.data.clips.scan import load_av_clips
 from avdet2.data.loaders import ClipOrderSampler, MappedClips
-from avdet2.data.prepared.packed import CLIP, SETTINGS_FILE, PackedClips, PackSettings, clip_key
+from avdet2.data.prepared.reader import PreparedClips, PrepareSettings, clip_key
+from avdet2.data.prepared.writer import PreparedWriter
 from avdet2.modeling.sinkhorn import sinkhorn_labels
 from avdet2.utils.collectives import all_reduce
 from bench_machine import process_bytes
@@ -250,25 +249,21 @@ def _wanted(folder: str, size: int, draws: int) -> list[tuple[int, dict[str, Any
 
 def _make_prepared(folder: str, size: int, draws: int) -> None:
     """
-    Tables of shards without frames and sound, in which some clips can be looked up.
+    A store without frames and sound, in which some clips can be looked up.
     """
-    os.makedirs(folder)
-    settings = json.dumps({**asdict(PackSettings()), "root": folder})
-    Path(folder, SETTINGS_FILE).write_text(settings, encoding="utf-8")
-    clips = np.zeros(size, CLIP)
-    clips["key"] = np.random.default_rng(1).integers(1 << 63, size=size)
-    clips["duration"] = 10.0
+    rng = np.random.default_rng(1)
+    keys = [rng.bytes(16) for _ in range(size)]
     for i, clip in _wanted(folder, size, draws):
-        clips["key"][i], clips["check"][i] = clip_key(folder, clip["file_name"], clip["start"])
-    for number, start in enumerate(range(0, size, CLIPS_PER_SHARD)):
-        shard = Path(folder, f"shard_{number:05d}.npz")
-        for suffix in (".jpg", ".pcm"):
-            shard.with_suffix(suffix).touch()
-        np.savez(shard, clips=clips[start : start + CLIPS_PER_SHARD], sizes=np.zeros(2, np.int64))
+        keys[i] = clip_key(folder, clip["file_name"], clip["start"])
+    with PreparedWriter(folder, PrepareSettings(), folder) as writer:
+        for i, key in enumerate(keys, 1):
+            writer.put(key, [], {"duration": 10.0})
+            if not i % CLIPS_PER_SHARD:
+                writer.close_shard()
 
 
 def _look_up(folder: str, size: int, draws: int, rounds: int) -> Values:
-    cost = _cost(lambda: PackedClips(folder))
+    cost = _cost(lambda: PreparedClips(folder))
     wanted = [clip for _, clip in _wanted(folder, size, draws)]
     assert all(clip in cost.result for clip in wanted)
     return {

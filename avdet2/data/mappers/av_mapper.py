@@ -17,7 +17,7 @@ from detectron2.data import transforms as T
 
 from avdet2.data.media.video import MediaError, read_audio
 from avdet2.data.media.waveform import audio_to_int16
-from avdet2.data.prepared.packed import ClipReader
+from avdet2.data.prepared.reader import ClipReader
 from avdet2.structures.windows import center_window, random_window
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class ClipSampler:
             clip: dict of a registered clip.
 
         Returns:
-            tuple: frame (H, W, 3) uint8 RGB and the reader's sound (T,), float32 or int16; None for
+            tuple: frame (H, W, 3) uint8 RGB and the reader's sound (T,), int16; None for
             a bad clip, in training.
 
         Raises:
@@ -149,9 +149,7 @@ class AVMapper:
     @classmethod
     def from_config(cls, cfg, crop: str = "random"):
         node = cfg.INPUT.AV
-        reader = ClipReader(
-            cfg.DATASETS.PREPARED, node.AUDIO_SECONDS, node.SAMPLE_RATE, integer=True
-        )
+        reader = ClipReader(cfg.DATASETS.PREPARED, node.AUDIO_SECONDS, node.SAMPLE_RATE)
         return {
             "crop": crop,
             "sampler": ClipSampler(reader, node.AUDIO_SECONDS, training=crop == "random"),

@@ -3,10 +3,6 @@
 A clip's dict to one or two of its frames, without sound, for SimCLR and for probes of features.
 """
 
-import logging
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -14,51 +10,7 @@ from detectron2.config import configurable
 from detectron2.data import transforms as T
 
 from avdet2.data.mappers.av_mapper import ClipSampler, limit_threads, to_image_tensor
-from avdet2.data.media.video import read_frame
-from avdet2.data.prepared.packed import PackedClips
-
-logger = logging.getLogger(__name__)
-
-
-class FrameReader:
-    """
-    A frame of a clip: from the prepared form where that holds the clip, else from the original
-    file.
-    """
-
-    def __init__(self, prepared: str = "") -> None:
-        """
-        Args:
-            prepared: folder that tools/prepare_clips.py wrote, or empty.
-        """
-        self.packed = PackedClips(prepared) if prepared else None
-        self._told = False
-
-    def read(self, clip: Mapping[str, Any], seconds: float) -> np.ndarray:
-        """
-        Args:
-            clip: dict with `file_name`, `start` and `duration`.
-            seconds: from the start of the file.
-
-        Returns:
-            The frame (H, W, 3), uint8 RGB. A prepared frame is the stored one nearest to
-            `seconds`, in the stored size.
-
-        Raises:
-            MediaError: where the clip cannot be read. Of a prepared clip that includes moments
-                without sound.
-        """
-        if self.packed is not None:
-            stored = self.packed.read_stored(clip, seconds, duration=0.0)
-            if stored is not None:
-                return stored[0]
-            if not self._told:
-                self._told = True
-                logger.warning(
-                    f"{self.packed.folder} does not hold {clip['file_name']} from "
-                    f"{clip['start']} s: such clips are read from their original files"
-                )
-        return read_frame(clip["file_name"], seconds)
+from avdet2.data.prepared.reader import ClipReader
 
 
 class FrameMapper:
@@ -99,7 +51,7 @@ class FrameMapper:
     @classmethod
     def from_config(cls, cfg, moment: str = "random"):
         node = cfg.INPUT.VIEWS
-        reader = FrameReader(cfg.DATASETS.PREPARED)
+        reader = ClipReader(cfg.DATASETS.PREPARED, duration=0.0)
         return {
             "moment": moment,
             # Without sound any moment of the clip will do.
@@ -124,10 +76,10 @@ class FrameMapper:
         limit_threads()
         output = dict(dataset_dict)
         for key in self.keys:
-            frame = self.sampler(dataset_dict)
-            if frame is None:
+            sample = self.sampler(dataset_dict)
+            if sample is None:
                 return None
-            output[key] = self._to_tensor(frame)
+            output[key] = self._to_tensor(sample[0])
         output["height"], output["width"] = output["image"].shape[1:]
         return output
 

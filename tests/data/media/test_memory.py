@@ -17,8 +17,8 @@ from media_files import write_video
 from processes import run_on_processes
 
 from avdet2.data.mappers.av_mapper import AVMapper, ClipSampler
-from avdet2.data.prepared.packed import ClipReader, PackSettings
-from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
+from avdet2.data.prepared.reader import ClipReader, PrepareSettings
+from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
 
 pytestmark = pytest.mark.slow
 
@@ -61,10 +61,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Videos of several kinds with their prepared form, and bad files.
     """
     root = tmp_path_factory.mktemp("videos")
-    with PackedWriter(str(root / "prepared"), PackSettings(), str(root)) as writer:
+    with PreparedWriter(str(root / "prepared"), PrepareSettings(), str(root)) as writer:
         for name in ("a.mp4", "b.mp4", "c.webm"):
             made = clip(write_video(root / name, 1.2, gop=10))
-            writer.add(pack_clip(made, PackSettings(), writer.root))
+            writer.add(prepare_clip(made, PrepareSettings(), writer.root))
     write_video(root / "silent.mp4", 1.2, codecs=("libx264", None))
     (root / "garbage.mp4").write_bytes(os.urandom(1 << 14))
     whole = Path(write_video(root / "cut.mp4", 1.2, muxer={"movflags": "faststart"})).read_bytes()
@@ -79,7 +79,7 @@ def clip(path: str | Path) -> dict:
 def mapper(prepared: str) -> AVMapper:
     return AVMapper(
         crop="random",
-        sampler=ClipSampler(ClipReader(prepared, integer=True), 1.0, training=True),
+        sampler=ClipSampler(ClipReader(prepared), 1.0, training=True),
         frame_size=64,
         crop_size=56,
         flip=True,

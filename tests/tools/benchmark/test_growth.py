@@ -55,7 +55,7 @@ def test_clips_that_are_made_up(tmp_path: Path) -> None:
     assert len(clips) == 20 and clips[9]["start"] == 2.0 and clips[9]["label"] == 9
     assert clips[9]["file_name"] == f"{tmp_path}/{growth._file_name(9)}"
     growth._make_prepared(str(tmp_path / "prepared"), 1100, 50)
-    packed = growth.PackedClips(str(tmp_path / "prepared"))
+    packed = growth.PreparedClips(str(tmp_path / "prepared"))
     assert len(packed) == 1100 and len(packed.shards) == 3
     wanted = growth._wanted(str(tmp_path / "prepared"), 1100, 50)
     assert len(wanted) == 50 and all(clip in packed for _, clip in wanted)

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from detectron2.data import DatasetCatalog
 
 import task_localizer as localizer
-from avdet2.data.prepared.packed import PackedClips
+from avdet2.data.prepared.reader import PreparedClips
 from avdet2.modeling.spectrogram import LogSpectrogram
 from bench_timing import Report
 from bench_training import (
@@ -158,12 +158,12 @@ def test_stopwatch_adds_up_parts(monkeypatch):
 class TestFeeding:
     def test_copies_are_read_as_clips(self, tmp_path):
         clips = write_copies(str(tmp_path), 3, side=64, seconds=2.0)
-        packed = PackedClips(str(tmp_path))
+        packed = PreparedClips(str(tmp_path))
         frames = [packed.read(clip, 1.0)[0] for clip in clips]
         assert len(clips) == 3 and all(clip in packed for clip in clips)
         assert frames[0].shape == (64, 64, 3) and np.array_equal(frames[0], frames[2])
         # Other bytes of the file, not the same ones under three names.
-        assert len(set(packed._clips["at"].tolist())) == 3
+        assert len(set(packed.rows["at"].tolist())) == 3
 
     def test_clips_are_registered_again(self, tmp_path):
         for count in (2, 3):

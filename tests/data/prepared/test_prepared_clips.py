@@ -8,11 +8,13 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,18 @@ import pytest
 from media_files import HEIGHT, WIDTH, delay_of_sound, time_of_frame, write_video
 
 from detectron2.config import get_cfg
+from detectron2.utils import logger
 
 from avdet2.config import add_avdet2_config
 from avdet2.data.clips.scan import scan_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError, read_sample
-from avdet2.data.media.waveform import audio_to_int16
-from avdet2.data.prepared import packed as packed_module
-from avdet2.data.prepared import packed_writer
-from avdet2.data.prepared.packed import ClipReader, PackedClips, PackSettings
-from avdet2.data.prepared.packed_writer import PackedWriter, pack_clip
+from avdet2.data.media.waveform import audio_to_float, audio_to_int16
+from avdet2.data.prepared import reader as reader_module
+from avdet2.data.prepared import store as store_module
+from avdet2.data.prepared import writer as writer_module
+from avdet2.data.prepared.reader import ClipReader, PreparedClips, PrepareSettings
+from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
 from avdet2.modeling.spectrogram import LogSpectrogram
 from avdet2.utils.parallel import CRASHED
 
@@ -50,16 +54,16 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [{"file_name": str(root / f), "start": s, "duration": d} for f, s, d in places]
 
 
-def pack(folder: Path, clips: list[dict[str, Any]], shard_bytes: int = 1 << 29) -> PackedClips:
+def pack(folder: Path, clips: list[dict[str, Any]], shard_bytes: int = 1 << 29) -> PreparedClips:
     root = os.path.dirname(clips[0]["file_name"])
-    with PackedWriter(str(folder), PackSettings(), root, shard_bytes) as writer:
+    with PreparedWriter(str(folder), PrepareSettings(), root, shard_bytes) as writer:
         for clip in clips:
-            writer.add(pack_clip(clip, PackSettings(), writer.root))
-    return PackedClips(str(folder))
+            writer.add(prepare_clip(clip, PrepareSettings(), writer.root))
+    return PreparedClips(str(folder))
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory, clips: list[dict[str, Any]]) -> PackedClips:
+def packed(tmp_path_factory: pytest.TempPathFactory, clips: list[dict[str, Any]]) -> PreparedClips:
     return pack(tmp_path_factory.mktemp("packed"), clips)
 
 
@@ -68,12 +72,13 @@ def moments(clip: dict[str, Any]) -> np.ndarray:
 
 
 def test_equals_the_original_up_to_the_codecs(
-    packed: PackedClips, clips: list[dict[str, Any]]
+    packed: PreparedClips, clips: list[dict[str, Any]]
 ) -> None:
     assert len(packed) == 4
     for clip in clips:
         for seconds in moments(clip):
-            frame, waveform, time = packed.read(clip, seconds)
+            frame, stored, time = packed.read(clip, seconds)
+            waveform = audio_to_float(stored)
             # Four frames a second: the nearest is at most an eighth away, but at the clip's end.
             assert abs(time - seconds) <= (0.126 if seconds < clip["start"] + 1 else 0.26)
             original, sound = read_sample(clip["file_name"], time)
@@ -81,7 +86,7 @@ def test_equals_the_original_up_to_the_codecs(
             assert np.abs(frame.astype(int) - original).mean() < 2.5
             # Half a unit of int16; Opus still depends a little on where decoding began.
             unit = 16.0 if clip["file_name"].endswith("webm") else 0.51
-            assert waveform.dtype == np.float32 and waveform.shape == sound.shape
+            assert stored.dtype == np.int16 and waveform.shape == sound.shape
             assert np.abs(waveform - sound).max() <= unit / 32768
             assert abs(time - time_of_frame(frame)) < 0.05
 
@@ -90,21 +95,21 @@ def test_frames_are_reduced_and_never_enlarged(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 1.0)
     clip = {"file_name": path, "start": 0.0, "duration": 1.0}
     for side, shape in ((32, (32, 96, 3)), (256, (HEIGHT, WIDTH, 3))):
-        settings = PackSettings(fps=2.0, short_side=side)
-        with PackedWriter(str(tmp_path / str(side)), settings, str(tmp_path)) as writer:
-            writer.add(pack_clip(clip, settings, writer.root))
-        frame, _, time = PackedClips(str(tmp_path / str(side))).read(clip, 0.6)
+        settings = PrepareSettings(fps=2.0, short_side=side)
+        with PreparedWriter(str(tmp_path / str(side)), settings, str(tmp_path)) as writer:
+            writer.add(prepare_clip(clip, settings, writer.root))
+        frame, _, time = PreparedClips(str(tmp_path / str(side))).read(clip, 0.6)
         assert frame.shape == shape and time == 0.5
         original = read_sample(path, 0.5)[0]
         small = cv2.resize(original, shape[1::-1], interpolation=cv2.INTER_AREA)
         assert np.abs(frame.astype(int) - small).mean() < 2.5
 
 
-def test_sound_windows_of_other_lengths(packed: PackedClips, clips: list[dict[str, Any]]) -> None:
+def test_sound_windows_of_other_lengths(packed: PreparedClips, clips: list[dict[str, Any]]) -> None:
     for duration in (0.25, 0.5, 1.0, 3.0):
         _, waveform, time = packed.read(clips[3], 1.5, duration)
         assert waveform.shape == (round(24000 * duration),)
-        assert abs(delay_of_sound(waveform, time)) < 0.001
+        assert abs(delay_of_sound(audio_to_float(waveform), time)) < 0.001
     # The end of the file is silence, and beyond it there is nothing to read.
     _, waveform, time = packed.read(clips[3], 4.0)
     assert time == 3.75 and not waveform[18100:].any() and waveform[:17900].any()
@@ -124,13 +129,12 @@ def test_moments_without_sound(tmp_path: Path) -> None:
                     read(clip, seconds)
 
 
-def test_what_is_in_it(packed: PackedClips, clips: list[dict[str, Any]]) -> None:
+def test_what_is_in_it(packed: PreparedClips, clips: list[dict[str, Any]]) -> None:
     clip = clips[1]
     assert clip in packed and {**clip, "duration": 1.0} in packed
     for other in ({"start": 2.6}, {"duration": 3.0}, {"file_name": clip["file_name"] + "x"}):
         assert {**clip, **other} not in packed
-        with pytest.raises(KeyError):
-            packed.read({**clip, **other}, 3.0)
+        assert packed.read({**clip, **other}, 3.0) is None
 
 
 def test_videos_may_move(tmp_path: Path, clips: list[dict[str, Any]]) -> None:
@@ -139,12 +143,17 @@ def test_videos_may_move(tmp_path: Path, clips: list[dict[str, Any]]) -> None:
     settings["root"] = "/elsewhere"
     (tmp_path / "prepared.json").write_text(json.dumps(settings))
     moved = {**clips[0], "file_name": "/elsewhere/a.mp4"}
-    assert moved in PackedClips(str(tmp_path)) and clips[0] not in PackedClips(str(tmp_path))
+    assert moved in PreparedClips(str(tmp_path)) and clips[0] not in PreparedClips(str(tmp_path))
 
 
 def test_reader_falls_back_to_the_original(
-    packed: PackedClips, clips: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    packed: PreparedClips,
+    clips: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # What was logged once before.
+    monkeypatch.setattr(logger, "_LOG_COUNTER", Counter())
     reader = ClipReader(str(packed.folder))
     expected = packed.read(clips[0], 1.3)
     frame, waveform = reader.read(clips[0], 1.3)
@@ -155,7 +164,8 @@ def test_reader_falls_back_to_the_original(
         for each in (reader, reader, ClipReader()):
             frame, waveform = each.read(other, 1.3)
             original = read_sample(other["file_name"], 1.3)
-            assert np.array_equal(frame, original[0]) and np.array_equal(waveform, original[1])
+            assert waveform.dtype == np.int16 and np.array_equal(frame, original[0])
+            assert np.array_equal(waveform, audio_to_int16(original[1]))
     assert len(caplog.records) == 1 and "read from their original files" in caplog.text
     assert ClipReader(duration=0.5, sample_rate=16000).read(other, 1.3)[1].shape == (8000,)
     with pytest.raises(ValueError, match="holds sound at 24000 Hz, not 16000"):
@@ -164,18 +174,13 @@ def test_reader_falls_back_to_the_original(
         ClipReader("/nowhere")
 
 
-def test_sound_as_it_is_stored(packed: PackedClips, clips: list[dict[str, Any]]) -> None:
+def test_frames_without_sound(packed: PreparedClips, clips: list[dict[str, Any]]) -> None:
     for folder in (str(packed.folder), ""):
-        integer, floating = ClipReader(folder, integer=True), ClipReader(folder)
+        silent, reader = ClipReader(folder, duration=0.0, sample_rate=0), ClipReader(folder)
         for clip in clips:
-            frame, stored = integer.read(clip, clip["start"] + 1.1)
-            other, waveform = floating.read(clip, clip["start"] + 1.1)
-            assert np.array_equal(frame, other) and stored.dtype == np.int16
-            assert np.array_equal(stored, audio_to_int16(waveform))
-            assert np.array_equal(stored / np.float32(32768), waveform) or not folder
-    _, stored, _ = packed.read_stored(clips[0], 1.1)
-    assert np.array_equal(stored / np.float32(32768), packed.read(clips[0], 1.1)[1])
-    assert packed.read_stored({**clips[0], "start": 0.1}, 1.1) is None
+            frame, sound = silent.read(clip, clip["start"] + 0.6)
+            assert np.array_equal(frame, reader.read(clip, clip["start"] + 0.6)[0])
+            assert not len(sound)
 
 
 def compare_samples(clip: dict[str, Any], folder: Path, psnr: float, spectrogram: float) -> None:
@@ -206,12 +211,12 @@ def compare_samples(clip: dict[str, Any], folder: Path, psnr: float, spectrogram
 
 
 def test_mapper_gives_the_same_from_the_prepared_form(
-    packed: PackedClips, clips: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    packed: PreparedClips, clips: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for clip in clips:
         compare_samples(clip, packed.folder, 33.0, 0.05)
     # It is the prepared form that was read.
-    monkeypatch.setattr(packed_module, "read_sample", None)
+    monkeypatch.setattr(reader_module, "read_sample", None)
     reader = ClipReader(str(packed.folder))
     assert reader.read(clips[0], 1.0)[0].shape == (HEIGHT, WIDTH, 3)
 
@@ -229,7 +234,7 @@ def _read_in_process(reader: ClipReader, clip: dict[str, Any], queue: Any) -> No
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes(packed: PackedClips, clips: list[dict[str, Any]], method: str) -> None:
+def test_other_processes(packed: PreparedClips, clips: list[dict[str, Any]], method: str) -> None:
     reader = ClipReader(str(packed.folder))
     expected = [reader.read(clips[0], seconds)[1].sum() for seconds in moments(clips[0])]
     if method == "spawn":
@@ -247,43 +252,43 @@ def test_other_processes(packed: PackedClips, clips: list[dict[str, Any]], metho
 def test_few_shards_are_open_at_a_time(
     tmp_path: Path, clips: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_module, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(store_module, "MAX_OPEN_SHARDS", 2)
     shards = pack(tmp_path, clips, shard_bytes=1)
     assert len(shards.shards) == 4
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         for clip in clips:
             shards.read(clip, clip["start"] + 1.0)
-    assert len(os.listdir("/proc/self/fd")) <= before + 4
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
 def state(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("shard_*")}
 
 
-def _killed_while_packing(folder: Path, clips: list[dict[str, Any]]) -> None:
+def _killed_while_preparing(folder: Path, clips: list[dict[str, Any]]) -> None:
     root = os.path.dirname(clips[0]["file_name"])
-    settings = PackSettings()
-    size = len(pack_clip(clips[0], settings, root).pictures)
-    with PackedWriter(str(folder), settings, root, size) as writer:
-        for clip in clips[:2]:
-            writer.add(pack_clip(clip, settings, root))
-        writer.shard_bytes = 1 << 29
-        writer.add(pack_clip(clips[2], settings, root))
+    with PreparedWriter(str(folder), PrepareSettings(), root) as writer:
+        writer.add(prepare_clip(clips[0], PrepareSettings(), root))
+        writer.close_shard()
+        for clip in clips[1:3]:
+            writer.add(prepare_clip(clip, PrepareSettings(), root))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_run_is_gone_on_with(tmp_path: Path, clips: list[dict[str, Any]]) -> None:
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=_killed_while_packing, args=(tmp_path, clips))
+    process = context.Process(target=_killed_while_preparing, args=(tmp_path, clips))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    left = PackedClips(str(tmp_path))
-    assert [clip in left for clip in clips] == [True, True, False, False]
+    # What is not closed cannot be read yet.
+    assert [clip in PreparedClips(tmp_path) for clip in clips] == [True, False, False, False]
     before = state(tmp_path)
-    todo = [clip for clip in clips if clip not in left]
-    whole = pack(tmp_path, todo)
+    with PreparedWriter(str(tmp_path), PrepareSettings(), "/") as writer:
+        assert list(writer.compare(clips)[0]) == [3]
+        writer.add(prepare_clip(clips[3], PrepareSettings(), writer.root))
+    whole = PreparedClips(tmp_path)
     assert all(clip in whole for clip in clips) and len(whole) == 4
     after = state(tmp_path)
     assert {name: after[name] for name in before} == before and len(after) > len(before)
@@ -292,57 +297,40 @@ def test_a_killed_run_is_gone_on_with(tmp_path: Path, clips: list[dict[str, Any]
 
 
 def test_an_error_loses_nothing_that_was_added(tmp_path: Path, clips: list[dict[str, Any]]) -> None:
-    with pytest.raises(KeyboardInterrupt), PackedWriter(str(tmp_path), PackSettings(), "/") as w:
-        w.add(pack_clip(clips[0], PackSettings(), w.root))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        PreparedWriter(str(tmp_path), PrepareSettings(), "/") as w,
+    ):
+        w.add(prepare_clip(clips[0], PrepareSettings(), w.root))
         raise KeyboardInterrupt
-    assert clips[0] in PackedClips(str(tmp_path))
+    assert clips[0] in PreparedClips(str(tmp_path))
 
 
 def test_one_writer_and_one_form(tmp_path: Path, clips: list[dict[str, Any]]) -> None:
-    with PackedWriter(str(tmp_path), PackSettings(), "/"):
+    with PreparedWriter(str(tmp_path), PrepareSettings(), "/"):
         with pytest.raises(ValueError, match="another process is writing there"):
-            PackedWriter(str(tmp_path), PackSettings(), "/")
-    with pytest.raises(ValueError, match="use the same settings or another folder"):
-        PackedWriter(str(tmp_path), PackSettings(fps=2.0), "/")
+            PreparedWriter(str(tmp_path), PrepareSettings(), "/")
+    with pytest.raises(ValueError, match="fps 4.0 and not 2.0: use the same or another folder"):
+        PreparedWriter(str(tmp_path), PrepareSettings(fps=2.0), "/")
     # The first root stays, whatever the second run was given.
-    with PackedWriter(str(tmp_path), PackSettings(), "/tmp") as writer:
+    with PreparedWriter(str(tmp_path), PrepareSettings(), "/tmp") as writer:
         assert writer.root == "/"
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".pcm"])
-def test_changed_bytes_are_noticed(
-    tmp_path: Path, clips: list[dict[str, Any]], suffix: str
-) -> None:
+def test_changed_bytes_are_noticed(tmp_path: Path, clips: list[dict[str, Any]]) -> None:
     pack(tmp_path, clips[:1])
-    path = tmp_path / f"shard_00000{suffix}"
+    path = tmp_path / "shard_000000.bin"
     whole = path.read_bytes()
-    for place in np.linspace(0, len(whole) - 1, 9).astype(int):
+    # The row is in the index as well: its copy here is only for what a killed process left.
+    for place in np.linspace(PreparedClips.dtype().itemsize, len(whole) - 1, 25).astype(int):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         failed = []
         for seconds in np.arange(0, 2.5, 0.25):
             try:
-                PackedClips(str(tmp_path)).read(clips[0], seconds)
+                PreparedClips(tmp_path).read(clips[0], seconds)
             except MediaError as error:
-                failed.append(error.reason)
-        assert set(failed) == {"damaged in its prepared form"}
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".pcm", ".npz"])
-def test_broken_shards_are_noticed_at_once(
-    tmp_path: Path, clips: list[dict[str, Any]], suffix: str
-) -> None:
-    pack(tmp_path, clips[:1])
-    path = tmp_path / f"shard_00000{suffix}"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-7])
-    with pytest.raises(ValueError, match="shard_00000.npz is damaged .* delete shard_00000"):
-        PackedClips(str(tmp_path))
-    if suffix == ".npz":
-        path.write_bytes(whole[:300] + bytes([whole[300] ^ 255]) + whole[301:])
-    else:
-        path.unlink()
-    with pytest.raises(ValueError, match="shard_00000.npz is damaged"):
-        PackedClips(str(tmp_path))
+                failed.append((error.reason, str(path) in error.detail))
+        assert set(failed) == {("damaged in its prepared form", True)}
 
 
 @pytest.fixture
@@ -376,7 +364,7 @@ def test_the_tool(tmp_path: Path, clips: list[dict[str, Any]], run_tool: Any) ->
     assert {os.path.basename(failure["file"]) for failure in report["clips"]} == {
         "silent.mp4", "none.mp4", "cut.mp4",
     }  # fmt: skip
-    packed = PackedClips(str(output))
+    packed = PreparedClips(str(output))
     assert all(clip in packed for clip in clips)
     before = state(output)
     assert "4 clips were there, 0 were added" in run_tool(*arguments)
@@ -390,12 +378,12 @@ def test_the_tool_goes_on_after_a_crash(
 ) -> None:
     for i in range(5):
         (tmp_path / f"{i}.mov").symlink_to(clips[3]["file_name"])
-    opened = packed_writer.MediaFile
+    opened = writer_module.MediaFile
 
     def crash(path: str) -> Any:
         return os.kill(os.getpid(), signal.SIGKILL) if path.endswith("2.mov") else opened(path)
 
-    monkeypatch.setattr(packed_writer, "MediaFile", crash)
+    monkeypatch.setattr(writer_module, "MediaFile", crash)
     output = tmp_path / "out"
     arguments = ("--folder", tmp_path, "--output", output, "--workers", 2)
     assert "0 clips were there, 4 were added" in run_tool(*arguments)
@@ -418,22 +406,24 @@ def test_the_tool_killed_and_run_again(tmp_path: Path, clips: list[dict[str, Any
     environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not (output / "shard_00000.npz").exists() and time.monotonic() < deadline:
+    while not (output / "shard_000000.npz").exists() and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     finished = {p.stem for p in output.glob("shard_*.npz")}
-    # What its workers still hold, and a shard half renamed, do not count.
     before = {name: kept for name, kept in state(output).items() if Path(name).stem in finished}
-    done = len(PackedClips(str(output)))
+    done = len(PreparedClips(str(output)))
     assert 0 < done < 16 and before
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert f"{done} clips were there, {16 - done} were added" in again.stdout, again.stderr
+    # And what was put into a shard that was not closed.
+    found = re.match(r"(\d+) clips were there, (\d+) were added", again.stdout)
+    assert found, again.stderr
+    assert done <= int(found[1]) < 16 and int(found[1]) + int(found[2]) == 16
     assert "Preparing clips" in again.stderr
     after = state(output)
     assert {name: after[name] for name in before} == before
-    whole = PackedClips(str(output))
+    whole = PreparedClips(str(output))
     assert len(whole) == 16
     for i in range(16):
         clip = {"file_name": str(tmp_path / f"{i:02d}.mov"), "start": 0.0, "duration": 3.9}
@@ -447,17 +437,17 @@ def test_the_tool_tells_of_changed_videos_and_settings(tmp_path: Path, run_tool:
     before = state(tmp_path / "out")
     assert "videos were changed" not in run_tool(*arguments)
     write_video(tmp_path / "a.mp4", 1.0, gains=(0.5, 0.5))
-    shard = tmp_path / "out" / "shard_00000.npz"
+    shard = tmp_path / "out" / "shard_000000.bin"
     os.utime(video, ns=(0, shard.stat().st_mtime_ns + 10**9))
     clip = {"file_name": video, "start": 0.0, "duration": 0.9}
-    with PackedWriter(str(tmp_path / "out"), PackSettings(), str(tmp_path)) as writer:
+    with PreparedWriter(str(tmp_path / "out"), PrepareSettings(), str(tmp_path)) as writer:
         missing, changed = writer.compare([clip, {**clip, "start": 0.5}, clip])
     assert list(missing) == [1] and changed == [(video, shard)]
     printed = run_tool(*arguments)
     assert "1 videos were changed after they were prepared" in printed and video in printed
-    assert "delete shard_00000.* and run this again" in printed
+    assert "delete shard_000000.* and run this again" in printed
     assert state(tmp_path / "out") == before
-    with pytest.raises(SystemExit, match="error: .*use the same settings or another folder"):
+    with pytest.raises(SystemExit, match="error: .*use the same or another folder"):
         run_tool(*arguments, "--fps", 2)
     assert state(tmp_path / "out") == before
 
@@ -471,7 +461,7 @@ def test_what_has_changed(tmp_path: Path) -> None:
     pack(tmp_path / "out", clips)
 
     def changed(folder: str = "out") -> list[str]:
-        with PackedWriter(str(tmp_path / folder), PackSettings(), str(tmp_path)) as writer:
+        with PreparedWriter(str(tmp_path / folder), PrepareSettings(), str(tmp_path)) as writer:
             missing, changed = writer.compare(clips)
         assert not missing
         return [Path(path).stem for path, _ in changed]
@@ -488,21 +478,17 @@ def test_what_has_changed(tmp_path: Path) -> None:
         os.utime(path, ns=(0, time_ns))
     (tmp_path / "gone.mp4").unlink()
     assert changed() == ["longer", "other"]
-    # Shards that do not know say what is younger than they are.
-    shard = tmp_path / "out" / "shard_00000.npz"
-    stored = dict(np.load(shard))
-    del stored["videos"]
-    np.savez(shard, **stored)
-    os.utime(shard, ns=(0, stats["same"].st_mtime_ns + 5 * 10**9))
-    os.utime(tmp_path / "copied.mp4", ns=(0, stats["same"].st_mtime_ns + 6 * 10**9))
-    assert changed() == ["copied"]
 
 
 def test_settings_that_are_lost_or_damaged(tmp_path: Path, clips: list[dict[str, Any]]) -> None:
     pack(tmp_path, clips[:1])
-    (tmp_path / "prepared.json").write_text('{"fps": 4.0')
+    path = tmp_path / "prepared.json"
+    path.write_text(path.read_text().replace('"fps": 4.0', '"fps": 5.0'))
+    with pytest.raises(ValueError, match="prepared.json is damaged .* not as they were written"):
+        PreparedClips(str(tmp_path))
+    path.write_text('{"settings": {"fps": 4.0')
     with pytest.raises(ValueError, match="prepared.json is damaged"):
-        PackedClips(str(tmp_path))
+        PreparedClips(str(tmp_path))
     (tmp_path / "prepared.json").unlink()
     with pytest.raises(ValueError, match="holds shards, but no prepared.json"):
         pack(tmp_path, clips[1:])
@@ -512,7 +498,8 @@ def test_real_clips(shared_dir: Path, tmp_path: Path) -> None:
     path = shared_dir / "data" / "clips" / "3qesirWAGt4_20000_30000.mp4"
     clip = {"file_name": str(path), "start": 4.0, "duration": 2.0}
     packed = pack(tmp_path, [clip])
-    frame, waveform, time = packed.read(clip, 5.1)
+    frame, stored, time = packed.read(clip, 5.1)
+    waveform = audio_to_float(stored)
     original, sound = read_sample(str(path), time)
     assert time == 5.0 and frame.shape == (256, 455, 3)
     small = cv2.resize(original, (455, 256), interpolation=cv2.INTER_AREA)
