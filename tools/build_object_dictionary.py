@@ -24,7 +24,7 @@ from avdet2.config_file import load_cfg
 from avdet2.data import AVMapper
 from avdet2.data.clips.scan import training_clips
 from avdet2.engine.defaults import use_own_videos
-from avdet2.modeling.object_dictionary import ObjectVectors, cluster_objects, save_dictionary
+from avdet2.modeling.object_dictionary import cluster_objects, pair_vectors, save_dictionary
 from avdet2.self_boxes.inference import predict_clips
 from avdet2.self_boxes.teacher import build_localizer
 
@@ -43,7 +43,12 @@ def main(args: argparse.Namespace) -> None:
     model = build_localizer(cfg, args.config_file, cfg.MODEL.WEIGHTS)
     clips, _ = training_clips(cfg.DATASETS.TRAIN)
     batches = predict_clips(
-        ObjectVectors(model), clips, AVMapper(cfg, "center"), BATCH_SIZE, cfg.DATALOADER.NUM_WORKERS
+        model,
+        clips,
+        AVMapper(cfg, "center"),
+        BATCH_SIZE,
+        cfg.DATALOADER.NUM_WORKERS,
+        call=lambda batch: pair_vectors(model, batch),
     )
     vectors = []
     with tqdm(total=len(clips), unit="clip") as progress:

@@ -22,6 +22,7 @@ from torch import nn
 from detectron2.utils.file_io import PathManager
 
 from avdet2.modeling.self_box import threshold
+from avdet2.structures.batch import Batch
 from avdet2.utils.files import write_whole
 
 # Beta of eq. 5 for the mask: a part of the object will do, but nothing of the background.
@@ -48,29 +49,12 @@ def object_vectors(features: torch.Tensor, heatmaps: torch.Tensor) -> torch.Tens
     return F.normalize(torch.einsum("ndhw,nhw->nd", features, mask), dim=1)
 
 
-class ObjectVectors(nn.Module):
+def pair_vectors(localizer: nn.Module, batched_inputs: Batch) -> list[torch.Tensor]:
     """
-    A localizer that answers with the :func:`object_vectors` of pairs, for a pass over clips.
+    The :func:`object_vectors` (D,) of pairs whose images have one size, on the CPU.
     """
-
-    def __init__(self, localizer: nn.Module) -> None:
-        """
-        Args:
-            localizer: an AVLocalizer.
-        """
-        super().__init__()
-        self.localizer = localizer
-
-    def forward(self, batched_inputs: list[dict]) -> list[torch.Tensor]:
-        """
-        Args:
-            batched_inputs: of AVMapper, with images of one size.
-
-        Returns:
-            a vector (D,) on the CPU for each of them.
-        """
-        maps, features = self.localizer.localize(batched_inputs)
-        return list(object_vectors(features.visual, maps).cpu())
+    maps, features = localizer.localize(batched_inputs)
+    return list(object_vectors(features.visual, maps).cpu())
 
 
 def cluster_objects(vectors: torch.Tensor, num_objects: int, seed: int = 0) -> torch.Tensor:

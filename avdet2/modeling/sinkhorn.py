@@ -362,13 +362,11 @@ def _find_problem(
             f"the first in row {row}, cluster {column}: the clustering heads have diverged (lower "
             "the learning rate, or look for clips with bad samples)."
         )
-    return None if marginals is None else _find_marginals_problem(marginals, scores.shape[1])
-
-
-def _find_marginals_problem(marginals: ArrayLike, num_clusters: int) -> str | None:
+    if marginals is None:
+        return None
     marginals = _as_vector(marginals)
-    if marginals.shape != (num_clusters,):
-        return f"marginals must have shape ({num_clusters},), got {tuple(marginals.shape)}."
+    if marginals.shape != scores.shape[1:]:
+        return f"marginals must have shape ({scores.shape[1]},), got {tuple(marginals.shape)}."
     # A share of zero needs a bias of minus infinity. Written so that NaN fails as well.
     if not (marginals > 0).all():
         worst = int((marginals > 0).int().argmin())

@@ -13,12 +13,12 @@ from detectron2.modeling import build_model
 
 from avdet2.config import add_avdet2_config
 from avdet2.modeling.object_dictionary import (
-    ObjectVectors,
     class_heatmaps,
     cluster_objects,
     heard_objects,
     load_dictionary,
     object_vectors,
+    pair_vectors,
     save_dictionary,
 )
 
@@ -197,7 +197,7 @@ def test_a_localizer_with_a_dictionary(dictionary, keys):
     assert model.has_clusters and model.num_clusters == 9
     objects = load_dictionary(dictionary, DIM)
     maps, features = model.localize(batch)
-    vectors = ObjectVectors(plain)(batch)
+    vectors = pair_vectors(plain, batch)
     for i, output in enumerate(model(batch)):
         torch.testing.assert_close(output["heatmap"], maps[i])
         nearest = (objects @ vectors[i]).argmax()
