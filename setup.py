@@ -40,6 +40,7 @@ INSTALL_REQUIRES = [
     "scipy>=1.10",
     "tabulate>=0.8",
     "threadpoolctl>=3.1",
+    "timm>=0.9",
     "tqdm>=4.60",
 ]
 DEV = [

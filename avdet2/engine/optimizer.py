@@ -3,13 +3,13 @@
 SOLVER.OPTIMIZER on Detectron2's parameter groups.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
-
-from avdet2.engine.lars import LARS
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -18,6 +18,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     With SOLVER.FUSED, SGD, Adam and AdamW update all parameters in one kernel where these are on a
     CUDA device. A checkpoint's own setting is not taken over: a training may go on elsewhere.
+
+    LARS is timm's: for a weight w with gradient g and decay d,
+
+        v <- MOMENTUM * v + LARS_ETA * |w| / (|g| + d * |w|) * (g + d * w)
+        w <- w - lr * v
+
+    where the ratio is 1 if a norm is 0. (In SimCLR's code the learning rate is inside the momentum:
+    a new rate does not rescale the steps of the past.) :func:`lars_groups` says what it leaves out.
 
     Args:
         cfg: SOLVER is read.
@@ -42,17 +50,37 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         "SGD": (torch.optim.SGD, {**momentum, **fused, "nesterov": solver.NESTEROV}),
         "Adam": (torch.optim.Adam, fused),
         "AdamW": (torch.optim.AdamW, fused),
-        "LARS": (LARS, {**momentum, "eta": solver.LARS_ETA}),
     }
-    if solver.OPTIMIZER not in choices:
+    if solver.OPTIMIZER == "LARS":
+        # Only here: with it come all of timm's models, which takes seconds.
+        from timm.optim import Lars
+
+        params = list(lars_groups(params))
+        choices["LARS"] = (Lars, {**momentum, "trust_coeff": solver.LARS_ETA})
+    elif solver.OPTIMIZER not in choices:
         raise ValueError(
-            f"SOLVER.OPTIMIZER must be one of {', '.join(choices)}, not {solver.OPTIMIZER!r}"
+            f"SOLVER.OPTIMIZER must be one of {', '.join(choices)}, LARS, not {solver.OPTIMIZER!r}"
         )
     optimizer_class, options = choices[solver.OPTIMIZER]
     optimizer_class = maybe_add_gradient_clipping(cfg, optimizer_class)
     optimizer = optimizer_class(params, solver.BASE_LR, **options)
     optimizer.register_load_state_dict_pre_hook(keep_own_kernel)
     return optimizer
+
+
+def lars_groups(groups: list[dict]) -> Iterator[dict]:
+    """
+    Parameter groups for LARS, as SimCLR has it: parameters of at most one dimension (scales and
+    shifts of normalisation, biases, the temperature) are neither decayed, whatever their group
+    says, nor adapted.
+    """
+    for group in groups:
+        adapted = [value for value in group["params"] if value.ndim > 1]
+        others = [value for value in group["params"] if value.ndim <= 1]
+        if adapted:
+            yield {**group, "params": adapted, "always_adapt": True}
+        if others:
+            yield {**group, "params": others, "always_adapt": False, "weight_decay": 0.0}
 
 
 def _all_on_cuda(model: nn.Module) -> bool:
@@ -63,7 +91,15 @@ def keep_own_kernel(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
     """
     An optimizer's saved state with the implementation ("fused") that this optimizer was made with,
     which decides where the count of steps has to lie.
+
+    Raises:
+        ValueError: the state is that of avdet2's own LARS, which was used before timm's.
     """
+    if any("eta" in group for group in state_dict["param_groups"]):
+        raise ValueError(
+            "this checkpoint's LARS has another momentum than today's: its training cannot go on. "
+            "Start anew, with it as MODEL.WEIGHTS and in another OUTPUT_DIR"
+        )
     groups = [
         {**saved, "fused": own["fused"]} if "fused" in own else saved
         for saved, own in zip(state_dict["param_groups"], optimizer.param_groups)

@@ -6,15 +6,13 @@ What frozen features are worth: nearest neighbours and a linear classifier on th
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
 from detectron2.modeling import Backbone
-
-from avdet2.modeling.views import center_crops
 
 # The linear probe's candidates for the inverse strength of the L2 penalty.
 PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -73,25 +71,21 @@ def knn_accuracy(
     Raises:
         ValueError: fewer than ``k`` training samples.
     """
-    (features, labels), (queries, truth) = train, test
-    if len(features) < k:
+    if len(train[1]) < k:
         raise ValueError(
-            f"{k} neighbours are asked of {len(features)} training clips: take a smaller k"
+            f"{k} neighbours are asked of {len(train[1])} training clips: take a smaller k"
         )
-    bank = F.normalize(torch.as_tensor(features, dtype=torch.float32), dim=1)
-    labels = torch.as_tensor(labels)
-    right = 0
-    for part, answer in zip(_chunks(queries), _chunks(truth)):
-        part = F.normalize(torch.as_tensor(part, dtype=torch.float32), dim=1)
-        cosine, nearest = (part @ bank.T).topk(k, dim=1)
-        votes = torch.zeros(len(part), int(labels.max()) + 1)
-        votes.scatter_add_(1, labels[nearest], (cosine / temperature).softmax(dim=1))
-        right += int((votes.argmax(dim=1) == torch.as_tensor(answer)).sum())
-    return right / len(truth)
+    # Training workers import this package without scikit-learn.
+    from sklearn.neighbors import KNeighborsClassifier
 
-
-def _chunks(values: np.ndarray, size: int = 1024) -> Iterable[np.ndarray]:
-    return (values[i : i + size] for i in range(0, len(values), size))
+    knn = KNeighborsClassifier(
+        k,
+        metric="cosine",
+        algorithm="brute",
+        # A distance is 1 - cosine.
+        weights=lambda distances: np.exp((1 - distances) / temperature),
+    )
+    return float(knn.fit(*train).score(*test))
 
 
 def linear_accuracy(
@@ -111,29 +105,22 @@ def linear_accuracy(
     Returns:
         tuple: the accuracy, a fraction, and scikit-learn's C.
     """
-    (features, labels), (queries, truth) = train, test
-    held_out = split_by_hash(groups, labels, salt="penalty")
-    penalty = 1.0
-    # No class has two videos otherwise.
-    if held_out.any():
-        part, rest = ~held_out, held_out
-        scores = [
-            _classifier(c).fit(features[part], labels[part]).score(features[rest], labels[rest])
-            for c in PENALTIES
-        ]
-        # The strongest penalty among equals.
-        penalty = PENALTIES[int(np.argmax(scores))]
-    accuracy = _classifier(penalty).fit(features, labels).score(queries, truth)
-    return float(accuracy), penalty
-
-
-def _classifier(penalty: float) -> Any:
-    # Training workers import this package without scikit-learn.
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=2000))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    held_out = split_by_hash(groups, train[1], salt="penalty")
+    # Of equals the first, which is the strongest penalty.
+    penalties = {"logisticregression__C": PENALTIES}
+    if held_out.any():
+        split = PredefinedSplit(np.where(held_out, 0, -1))
+        classifier = GridSearchCV(classifier, penalties, cv=split, error_score="raise")
+    accuracy = float(classifier.fit(*train).score(*test))
+    # Without a held-out video, as no class has two, it is scikit-learn's own.
+    chosen = getattr(classifier, "best_params_", {"logisticregression__C": 1.0})
+    return accuracy, chosen["logisticregression__C"]
 
 
 def split_by_hash(
@@ -199,14 +186,19 @@ def pooled_features(
     mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in pixel_stats)
     ids, features = [], [[] for _ in backbones]
     for batch in filter(None, batches):
-        images = center_crops([x["image"].to(device) for x in batch], size)
-        images = (images * 255 - mean) / std
+        squares = torch.stack([_central_square(x["image"].to(device), size) for x in batch])
+        images = (squares - mean) / std
         for backbone, parts in zip(backbones, features):
             parts.append(backbone(images)[feature].mean(dim=(2, 3)).cpu().numpy())
         ids += [x["sample_id"] for x in batch]
     if not ids:
         raise ValueError("no clip could be read")
     return np.array(ids), [np.concatenate(parts) for parts in features]
+
+
+def _central_square(image: torch.Tensor, size: int) -> torch.Tensor:
+    square = TF.center_crop(image, [min(image.shape[1:])] * 2)
+    return TF.resize(square, [size, size], InterpolationMode.BICUBIC, antialias=True).float()
 
 
 def probe_table(rows: Mapping[str, Mapping[str, float]]) -> str:

@@ -48,8 +48,5 @@ def replace_sync_bn(model: nn.Module) -> int:
 def _replacement(norm: nn.SyncBatchNorm) -> AnySyncBatchNorm:
     new = AnySyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
     # The very same tensors.
-    for name, value in norm.named_parameters(recurse=False):
-        setattr(new, name, value)
-    for name, value in norm.named_buffers(recurse=False):
-        setattr(new, name, value)
+    new._parameters, new._buffers = norm._parameters, norm._buffers
     return new.train(norm.training)

@@ -16,7 +16,6 @@ from tiny_runs import CONFIGS, make_cfg, simclr_cfg
 from detectron2.data import DatasetCatalog
 
 from avdet2.engine import AVTrainer, SelfLabelHook, load_cfg
-from avdet2.engine.lars import LARS
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +270,7 @@ def simclr_run(tiny_av, tmp_path_factory):
 
 def test_simclr_is_trained_and_not_evaluated(simclr_run):
     folder, trainer = simclr_run
-    assert isinstance(trainer._trainer.optimizer, LARS)
+    assert type(trainer._trainer.optimizer).__name__ == "Lars"
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     assert {"total_loss", "simclr/accuracy", "lr"} <= set().union(*rows)
     assert not (folder / "inference").exists()
@@ -295,7 +294,7 @@ def test_lars_s_settings_are_the_config_s(tiny_av, tmp_path):
     optimizer = AVTrainer.build_optimizer(cfg, layers)
     decay = {}
     for group in optimizer.param_groups:
-        assert (group["eta"], group["momentum"], group["lr"]) == (0.02, 0.7, 0.6)
+        assert (group["trust_coeff"], group["momentum"], group["lr"]) == (0.02, 0.7, 0.6)
         decay.update({id(value): group["weight_decay"] for value in group["params"]})
     names = {name: decay[id(value)] for name, value in layers.named_parameters()}
     assert names == {"0.weight": 1e-6, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0}

@@ -16,7 +16,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from avdet2.config import add_avdet2_config
-from avdet2.engine.lars import LARS
+from avdet2.engine.optimizer import build_optimizer
 from avdet2.modeling.meta_arch.simclr import ProjectionHead, SimCLR
 from avdet2.structures.batch import PairBatch
 
@@ -83,8 +83,8 @@ def test_views_are_normalised_as_the_config_says():
     assert unit.shape == (2 * FRAMES, 3, SIZE, SIZE)
     assert 0 <= unit.min() < 0.05 and 0.6 < unit.max() <= 1
     torch.manual_seed(1)
-    views = [model.view([x[key] for x in inputs]) for key in ("image", "image2")]
-    torch.testing.assert_close(unit, torch.cat(views))
+    views = [model.view(x[key]) for key in ("image", "image2") for x in inputs]
+    torch.testing.assert_close(unit, torch.stack(views))
     mean, std = torch.tensor([100.0, 110, 120]), torch.tensor([50.0, 60, 70])
     model = _model("MODEL.PIXEL_MEAN", mean.tolist(), "MODEL.PIXEL_STD", std.tolist())
     torch.manual_seed(1)
@@ -245,7 +245,8 @@ def test_training_brings_views_of_a_frame_together(name):
     if name == "SGD":
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     else:
-        optimizer = LARS(model.parameters(), 0.5, eta=0.005)
+        cfg = _cfg("SOLVER.OPTIMIZER", name, "SOLVER.LARS_ETA", 0.005, "SOLVER.BASE_LR", 0.5)
+        optimizer = build_optimizer(cfg, model)
     with EventStorage():
         before = _loss_and_similarities(model, inputs)
         for _ in range(30):

@@ -18,7 +18,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from avdet2.modeling.heads import global_pool
 from avdet2.modeling.meta_arch.common import due_storage, normalize
 from avdet2.modeling.nt_xent import NTXentLoss
-from avdet2.modeling.views import RandomView
+from avdet2.modeling.views import build_view
 from avdet2.structures.batch import Batch, views_on
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class SimCLR(nn.Module):
         out_dim: int,
         norm: str,
         nt_xent: NTXentLoss,
-        view: RandomView,
+        view: nn.Module,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         image_format: str,
@@ -56,7 +56,7 @@ class SimCLR(nn.Module):
             feature: the trunk's last output, which is pooled.
             num_layers, hidden_dim, out_dim, norm: of the projection head.
             nt_xent: the loss.
-            view: makes a view of each frame.
+            view: makes a view (3, SIZE, SIZE), float32 in [0, 1], of a frame.
             pixel_mean, pixel_std: per channel, of images in 0..255.
             image_format: "RGB" or "BGR".
         """
@@ -84,7 +84,7 @@ class SimCLR(nn.Module):
             "out_dim": node.OUT_DIM,
             "norm": node.NORM,
             "nt_xent": NTXentLoss(node.TEMPERATURE, node.GATHER),
-            "view": RandomView(cfg),
+            "view": build_view(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "image_format": cfg.INPUT.FORMAT,
@@ -120,12 +120,12 @@ class SimCLR(nn.Module):
         Normalised views (2 N, 3, SIZE, SIZE), float32, channels last, on the model's device: first
         all first views, then all second ones.
         """
-        first = self._frames(batched_inputs, "image")
-        second = first
-        if "image2" in batched_inputs[0]:
-            second = self._frames(batched_inputs, "image2")
-        with torch.autocast(self.device.type, enabled=False):
-            return self._normalize(torch.cat([self.view(first), self.view(second)]))
+        frames = list(self._frames(batched_inputs, "image"))
+        second = "image2" if "image2" in batched_inputs[0] else "image"
+        frames += self._frames(batched_inputs, second)
+        # Convolutions and products would be in half precision, and are not learned from.
+        with torch.autocast(self.device.type, enabled=False), torch.no_grad():
+            return self._normalize(torch.stack([self.view(frame) for frame in frames]))
 
     def _frames(self, batched_inputs: Batch, key: str) -> Sequence[torch.Tensor]:
         images = views_on(batched_inputs, key, self.device)
