@@ -211,9 +211,9 @@ def _make_local_groups(timeout: timedelta) -> None:
     Tell Detectron2 which processes share a machine, whose numbers of processes may differ.
 
     Args:
-        timeout: of these groups, and of the one that gathers Python's objects, which Detectron2
-            makes beside NCCL's with PyTorch's own 30 minutes.
+        timeout: of these groups, and of the group in which Detectron2 gathers Python objects.
     """
+    # Detectron2 makes that group, where there is NCCL, with PyTorch's own 30 minutes.
     dist.distributed_c10d._set_pg_timeout(timeout, comm._get_global_gloo_group())
     # Without GROUP_RANK, ranks go through one machine after the other.
     first_rank = dist.get_rank() - int(os.environ["LOCAL_RANK"])

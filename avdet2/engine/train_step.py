@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-One iteration of training: mixed precision, and losses that are looked at only now and then.
+One iteration of training: mixed precision, and losses that are read only now and then.
 """
 
 import logging
