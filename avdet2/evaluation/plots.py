@@ -5,7 +5,6 @@ evaluation.
 """
 
 import json
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.integrate import trapezoid
 
-from avdet2.evaluation.detection.average_precision import IOUS
-from avdet2.evaluation.detection.metrics import percent, precision_metrics
+from avdet2.evaluation.detection.metrics import CURVES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CURVES", "detection_curves", "draw_results", "per_class_table", "read_run"]
+__all__ = ["CURVES", "LOCALIZATION", "MATCHING", "draw_results", "per_class_table", "read_run"]
 
-logger = logging.getLogger(__name__)
-
-CURVES = "curves.json"
 MATCHING = "cluster_matching.json"
 LOCALIZATION = "localization_results.json"
 # Okabe and Ito's colours without the yellow one, which is lost on white. Lines differ in style too.
@@ -35,51 +30,6 @@ STYLES = ("-", "--", "-.", ":")
 MAX_CURVES, MAX_ROWS = 16, 60
 
 Run = dict[str, Any]
-
-
-def detection_curves(
-    precision: np.ndarray, names: Sequence[str] = (), objects: Sequence[int] = ()
-) -> dict[str, Any]:
-    """
-    What is drawn of an evaluation, in percent and as json takes it (None for NaN).
-
-    Args:
-        precision: of shape (14, 101, C), at the thresholds IOUS; -1 for no ground truth.
-        names: of the C classes; none for a class-agnostic evaluation.
-        objects: number of objects of each class.
-
-    Returns:
-        "iou" (14 thresholds), "AP" at each; "recall" (101) and "precision50", the precision at each
-        at IoU 0.5, mean over the classes; and with names "classes": for each name "objects", "AP",
-        "AP50", "AP30" and "precision50".
-    """
-    at_50 = precision[IOUS == 0.5][0]
-    curves = {
-        "iou": IOUS.round(2).tolist(),
-        "AP": _percentages(precision),
-        "recall": list(range(101)),
-        "precision50": _percentages(at_50),
-    }
-    if not names:
-        return curves
-    metrics = precision_metrics(precision, names)
-    of_class = {
-        name: {key: metrics[f"{key}-{name}"] for key in ("AP", "AP50", "AP30")} for name in names
-    }
-    curves["classes"] = {
-        name: {
-            "objects": int(objects[c]),
-            **{key: None if math.isnan(ap) else ap for key, ap in of_class[name].items()},
-            "precision50": _percentages(at_50[:, c]),
-        }
-        for c, name in enumerate(names)
-    }
-    return curves
-
-
-def _percentages(values: np.ndarray) -> list[float | None]:
-    numbers = [percent(row) for row in values]
-    return [None if math.isnan(number) else number for number in numbers]
 
 
 def read_run(folder: str | Path, files: Sequence[str] = (CURVES, MATCHING, LOCALIZATION)) -> Run:
@@ -177,7 +127,7 @@ def _ap_over_iou(curves: dict[str, dict]) -> "Figure":
     for (kind, text), panel in zip(kinds.items(), axes[0]):
         for number, (name, run) in enumerate(curves.items()):
             if kind in run:
-                ious, aps = np.array(run[kind]["iou"]), _floats(run[kind]["AP"])
+                ious, aps = np.array(run[kind]["iou"]), np.array(run[kind]["AP"], float)
                 mean = np.mean(aps[ious > 0.49])
                 label = f"{name}: AP {mean:.1f}" if len(curves) > 1 else f"AP {mean:.1f}"
                 panel.plot(100 * ious, aps, marker="o", ms=3.5, label=label, **_look(number))
@@ -191,10 +141,6 @@ def _ap_over_iou(curves: dict[str, dict]) -> "Figure":
     for panel in axes[0]:
         panel.set_ylim(0, min(100, 20 * math.ceil((highest + 5) / 20)))
     return figure
-
-
-def _floats(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([math.nan if value is None else value for value in values])
 
 
 def _by_number_of_objects(runs: dict[str, dict], limit: int) -> list[str]:
@@ -229,7 +175,7 @@ def _precision_recall(runs: dict[str, dict]) -> "Figure":
     for place, ((title, curves), panel) in enumerate(zip(panels.items(), axes.flat)):
         aps = []
         for number, curve in enumerate(curves.values()):
-            values = _floats(curve.get("precision50", [None] * 101))
+            values = np.array(curve.get("precision50", [None] * 101), float)
             panel.plot(range(101), values, **_look(number))
             aps.append("-" if np.isnan(values).all() else f"{values.mean():.1f}")
         last_row = place >= len(panels) - columns
@@ -249,14 +195,23 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _class_columns(runs: dict[str, dict]) -> dict[str, tuple[str, str]]:
+def _class_values(runs: dict[str, dict], names: Sequence[str]) -> dict[str, np.ndarray]:
     """
-    Run and metric of each column of numbers: three of a single run, AP50 of several.
+    The numbers of the classes, NaN without ground truth, behind their mean: AP30, AP50 and AP of a
+    single run, AP50 of several.
     """
     if len(runs) == 1:
-        (name,) = runs
-        return {metric: (name, metric) for metric in ("AP30", "AP50", "AP")}
-    return {name: (name, "AP50") for name in runs}
+        (run,) = runs.values()
+        columns = {metric: (run, metric) for metric in ("AP30", "AP50", "AP")}
+    else:
+        columns = {name: (run, "AP50") for name, run in runs.items()}
+    values = {}
+    for title, (run, metric) in columns.items():
+        numbers = [run["classes"].get(name, {}).get(metric) for name in names]
+        known = [number for number in numbers if number is not None]
+        mean = np.mean(known) if known else None
+        values[title] = np.array([mean, *numbers], dtype=float)
+    return values
 
 
 def per_class_table(runs: dict[str, dict]) -> str:
@@ -268,34 +223,23 @@ def per_class_table(runs: dict[str, dict]) -> str:
         runs: for each name the "class_aware" part of its curves.json.
     """
     names = list(dict.fromkeys(name for run in runs.values() for name in run["classes"]))
-    heading = ["", "mean", *names] if len(runs) == 1 else ["AP50", "mean", *names]
-    lines = [heading, ["---"] + ["---:"] * (len(names) + 1)]
-    for title, (run, metric) in _class_columns(runs).items():
-        values = _floats([runs[run]["classes"].get(name, {}).get(metric) for name in names])
-        cells = [_mean(values), *values]
-        lines.append([title, *("-" if math.isnan(cell) else f"{cell:.1f}" for cell in cells)])
+    lines = [["" if len(runs) == 1 else "AP50", "mean", *names]]
+    lines.append(["---"] + ["---:"] * (len(names) + 1))
+    for title, values in _class_values(runs, names).items():
+        lines.append([title, *("-" if math.isnan(value) else f"{value:.1f}" for value in values)])
     # A bar in a name would end its cell.
     return "".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in x)} |\n" for x in lines)
 
 
-def _mean(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
-    return float(values.mean()) if values.size else math.nan
-
-
 def _per_class(runs: dict[str, dict]) -> "Figure":
-    names, columns = _by_number_of_objects(runs, MAX_ROWS), _class_columns(runs)
-    values = np.array(
-        [
-            _floats([runs[run]["classes"].get(name, {}).get(metric) for name in names])
-            for run, metric in columns.values()
-        ]
-    ).T.reshape(len(names), len(columns))
+    names = _by_number_of_objects(runs, MAX_ROWS)
+    columns = _class_values(runs, names)
     first = next(iter(runs.values()))["classes"]
     rows = [f"{_short(name, 32)}  ({first.get(name, {}).get('objects', 0):,})" for name in names]
-    values = np.vstack([values, [_mean(column) for column in values.T]])
     title = f"{'AP' if len(runs) == 1 else 'AP50'} in %, objects in brackets"
-    return _heat_table(values, [*rows, "mean"], list(columns), title)
+    return _heat_table(
+        np.stack(list(columns.values()), axis=1), ["mean", *rows], list(columns), title
+    )
 
 
 def _heat_table(
@@ -359,7 +303,7 @@ def _success(runs: dict[str, dict]) -> "Figure":
         for number, (name, run) in enumerate(runs.items()):
             result = run["protocols"].get(protocol)
             if result is not None:
-                rates = 100 * _floats(result["success_rates"])
+                rates = 100 * np.array(result["success_rates"], float)
                 area = trapezoid(rates, result["success_thresholds"])
                 label = f"{name}: AUC {area:.1f}" if len(runs) > 1 else f"AUC {area:.1f}"
                 thresholds = 100 * np.array(result["success_thresholds"])

@@ -13,9 +13,9 @@ import pytest
 from avdet2.evaluation import plots
 from avdet2.evaluation.detection.average_precision import precision_of_boxes
 from avdet2.evaluation.detection.coco_boxes import coco
-from avdet2.evaluation.detection.metrics import objects_of, precision_metrics
+from avdet2.evaluation.detection.metrics import detection_curves, objects_of, precision_metrics
 from avdet2.evaluation.naming.cluster_matching import ClusterMatching, match_clusters
-from avdet2.evaluation.plots import detection_curves, draw_results, per_class_table, read_run
+from avdet2.evaluation.plots import draw_results, per_class_table, read_run
 from task_eval import random_case
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "plot_results.py"

@@ -22,13 +22,14 @@ from detectron2.utils.file_io import PathManager
 from avdet2.evaluation.detection.average_precision import AREAS, COCO_IOUS, precision_of_boxes
 from avdet2.evaluation.detection.coco_boxes import check_results, coco, select_images
 from avdet2.evaluation.detection.metrics import (
+    CURVES,
+    detection_curves,
     object_metrics,
     objects_of,
     percent,
     precision_metrics,
 )
 from avdet2.evaluation.naming.cluster_matching import ClusterMatching
-from avdet2.evaluation.plots import CURVES, detection_curves
 
 __all__ = ["SelfSupervisedDetectionEvaluator", "map_clusters"]
 

@@ -7,18 +7,22 @@ the ground truth has nothing to count.
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 
 from avdet2.evaluation.detection.average_precision import (
     COCO_IOUS,
+    IOUS,
     find_objects,
     precision_of_boxes,
 )
 from avdet2.evaluation.detection.coco_boxes import select_images
 
 __all__ = [
+    "CURVES",
+    "detection_curves",
     "multi_object_rate",
     "object_metrics",
     "objects_of",
@@ -27,6 +31,9 @@ __all__ = [
     "silent_recall",
     "single_object_images",
 ]
+
+# The file of `detection_curves`, in the folder of an evaluation.
+CURVES = "curves.json"
 
 
 def precision_metrics(precision: np.ndarray, names: Sequence[str] | None) -> dict[str, float]:
@@ -52,6 +59,46 @@ def precision_metrics(precision: np.ndarray, names: Sequence[str] | None) -> dic
     for key in ("AP", "AP50", "AP30") if names is not None else ():
         metrics |= {f"{key}-{name}": percent(kinds[key][..., c]) for c, name in enumerate(names)}
     return metrics
+
+
+def detection_curves(
+    precision: np.ndarray, names: Sequence[str] = (), objects: Sequence[int] = ()
+) -> dict[str, Any]:
+    """
+    What :mod:`avdet2.evaluation.plots` draws, in percent and as json takes it (None for NaN).
+
+    Args:
+        precision: of shape (14, 101, C), at the thresholds IOUS; -1 for no ground truth.
+        names: of the C classes; none for a class-agnostic evaluation.
+        objects: number of objects of each class.
+
+    Returns:
+        "iou" (14 thresholds), "AP" at each; "recall" (101) and "precision50", the precision at each
+        at IoU 0.5, mean over the classes; and with names "classes": for each name "objects", "AP",
+        "AP50", "AP30" and "precision50".
+    """
+    at_50 = precision[IOUS == 0.5][0]
+    curves: dict[str, Any] = {
+        "iou": IOUS.round(2).tolist(),
+        "AP": [_for_json(percent(row)) for row in precision],
+        "recall": list(range(101)),
+        "precision50": [_for_json(percent(row)) for row in at_50],
+    }
+    if names:
+        metrics = precision_metrics(precision, names)
+        curves["classes"] = {
+            name: {
+                "objects": int(objects[c]),
+                **{key: _for_json(metrics[f"{key}-{name}"]) for key in ("AP", "AP50", "AP30")},
+                "precision50": [_for_json(percent(row)) for row in at_50[:, [c]]],
+            }
+            for c, name in enumerate(names)
+        }
+    return curves
+
+
+def _for_json(number: float) -> float | None:
+    return None if math.isnan(number) else number
 
 
 def object_metrics(truth: COCO, results: list[dict], class_agnostic: bool) -> dict[str, float]:
