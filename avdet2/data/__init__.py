@@ -5,8 +5,8 @@ From videos to batches.
 * Clips: `clips` registers lists (`clip_list`) and folders of videos, with an index of what is known
   of the files (`clip_index`, `file_table`), as a table (`clip_table`); `datasets` has the paper's.
 * A sample: mappers (`av_mapper`, `frame_mapper`, `self_box_mapper`) cut `windows` of frames and
-  take the sound around them, from videos (`video`, `sound_frames`, `waveform`) or from their
-  prepared form (`prepared.reader`, made by `prepared.writer`, kept in a `prepared.store`).
+  take the sound around them, from videos (`media`) or from their prepared form (`prepared.reader`,
+  made by `prepared.writer`, kept in a `prepared.store`).
 * Self-boxes: heatmaps of windows (`window_maps`) on the fly or out of a cache (`heatmap_cache`,
   made by `heatmap_writer`, kept in a store as well).
 * Batches: `loaders` and `batch`.

@@ -9,6 +9,10 @@ import numpy as np
 
 # Sound whose time stamp is off by more starts a new run instead of being joined to the last one.
 GAP_SECONDS = 0.05
+# Sound whose samples all stay below is digital silence: half of the smallest step of 16 bits.
+SILENCE = 2.0**-16
+# A mean of channels below this part of the loudest one is what rounding leaves of two that cancel.
+CANCELLED = 1e-3
 
 
 def audio_to_int16(waveform: np.ndarray) -> np.ndarray:
@@ -28,9 +32,10 @@ def audio_to_float(waveform: np.ndarray) -> np.ndarray:
     return waveform.astype(np.float32) / 32768.0
 
 
-def mean_of_channels(samples: np.ndarray) -> np.ndarray:
+def mono(samples: np.ndarray) -> np.ndarray:
     """
-    The one definition of mono: the mean of the channels, in floating point.
+    The one definition of mono: the mean of the channels, in floating point. Where the channels
+    cancel each other out (one is the other inverted), the first that sounds.
 
     Args:
         samples: an array of shape (channels, T), integers of any width or floats in [-1, 1].
@@ -38,13 +43,17 @@ def mean_of_channels(samples: np.ndarray) -> np.ndarray:
     Returns:
         An array of shape (T,), float32.
     """
-    mono = samples.mean(axis=0, dtype=np.float64)
     if samples.dtype.kind in "iu":
         full_scale = 2.0 ** (8 * samples.dtype.itemsize - 1)
         # Eight bits are stored without sign.
         silence = full_scale if samples.dtype.kind == "u" else 0.0
-        mono = (mono - silence) / full_scale
-    return mono.astype(np.float32)
+        samples = (samples - silence) / full_scale
+    mean = samples.mean(axis=0, dtype=np.float64)
+    if len(samples) > 1 and samples.size:
+        levels = np.abs(samples).max(axis=1)
+        if np.abs(mean).max() <= CANCELLED * levels.max():
+            mean = samples[int(levels.argmax() if levels[0] < SILENCE else 0)]
+    return mean.astype(np.float32)
 
 
 def common_start(seconds: float, rate: int, new_rate: int) -> tuple[int, int]:

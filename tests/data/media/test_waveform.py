@@ -11,7 +11,7 @@ from avdet2.data.media.waveform import (
     audio_to_int16,
     common_start,
     join_pieces,
-    mean_of_channels,
+    mono,
 )
 
 
@@ -29,9 +29,9 @@ def test_int16_round_trip() -> None:
 ])  # fmt: skip
 def test_mono_is_the_mean_in_every_format(dtype: type, scale: int, zero: int) -> None:
     channels = np.array([[0.5, -0.25, 0.0, -1.0], [0.25, 0.25, 0.0, -1.0]])
-    mono = mean_of_channels((channels * scale + zero).astype(dtype))
-    assert mono.dtype == np.float32
-    assert mono.tolist() == [0.375, 0.0, 0.0, -1.0]
+    found = mono((channels * scale + zero).astype(dtype))
+    assert found.dtype == np.float32
+    assert found.tolist() == [0.375, 0.0, 0.0, -1.0]
 
 
 def test_rounded_stamps_do_not_tear_a_run() -> None:
