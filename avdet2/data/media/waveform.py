@@ -96,6 +96,8 @@ def join_pieces(
     for run in runs:
         before = np.cumsum([0] + [len(samples) for _, samples in run[:-1]])
         stamped = np.array([time * rate for time, _ in run]) - before
+        # The first piece of a file is cut (priming), and its stamp rounded otherwise.
+        stamped = stamped[1:] if len(stamped) > 2 else stamped
         at = round((stamped.min() + stamped.max()) / 2) - start
         samples = np.concatenate([samples for _, samples in run])[max(-at, 0) :]
         at = max(at, 0)
