@@ -14,7 +14,7 @@ except ImportError as error:
 from avdet2 import data, evaluation, modeling
 from avdet2.config import add_avdet2_config
 from avdet2.config_file import load_cfg
-from avdet2.data.clips.scan import register_av_clips
+from avdet2.data.clips import register_av_clips
 
 __all__ = ["add_avdet2_config", "load_cfg", "register_av_clips"]
 

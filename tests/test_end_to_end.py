@@ -214,7 +214,7 @@ def test_own_videos_need_one_key(tiny_datasets, tmp_path):
     words += ["SOLVER.MAX_EPOCH", "0.0", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
     run("run_pipeline.py", *map(str, words))
     # What is known of the videos is kept once, for all stages.
-    assert len(list(tmp_path.glob("clip_index-*.npz"))) == 1
+    assert len(list(tmp_path.glob("clip_index-*.arrow"))) == 1
     checkpoint = torch.load(tmp_path / "detector" / "model_final.pth", weights_only=True)
     # Eight clusters and the background.
     assert checkpoint["model"]["roi_heads.box_predictor.cls_score.weight"].shape[0] == 9

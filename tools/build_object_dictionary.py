@@ -22,7 +22,7 @@ from detectron2.utils.logger import setup_logger
 
 from avdet2.config_file import load_cfg
 from avdet2.data import AVMapper
-from avdet2.data.clips.scan import training_clips
+from avdet2.data.clips import training_clips
 from avdet2.engine.defaults import use_own_videos
 from avdet2.modeling.object_dictionary import cluster_objects, pair_vectors, save_dictionary
 from avdet2.self_boxes.inference import predict_clips

@@ -14,7 +14,7 @@ import argparse
 
 from detectron2.engine import default_argument_parser
 
-from avdet2.data.clips.scan import training_clips
+from avdet2.data.clips import training_clips
 from avdet2.engine import setup
 from avdet2.self_boxes.export import export_self_boxes
 from avdet2.self_boxes.teacher import build_localizer

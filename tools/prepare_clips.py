@@ -19,7 +19,7 @@ from typing import Any
 import cv2
 from tqdm import tqdm
 
-from avdet2.data.clips.scan import scan_clips
+from avdet2.data.clips import scan_clips
 from avdet2.data.media.video import MediaError
 from avdet2.data.prepared.reader import PrepareSettings
 from avdet2.data.prepared.writer import NewClip, PreparedWriter, prepare_clip
@@ -43,8 +43,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip-seconds", type=float, default=10.0, help="with --folder")
     parser.add_argument(
         "--index",
-        help="file that keeps what is known of the videos, else LIST.index.npz, or "
-        "OUTPUT/videos.index.npz with --folder",
+        help="file that keeps what is known of the videos, else LIST.index.arrow, or "
+        "OUTPUT/videos.index.arrow with --folder",
     )
     parser.add_argument("--fps", type=float, default=4.0, help="frames a second")
     parser.add_argument("--short-side", type=int, default=256, help="of the frames; never enlarged")
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     source = args.clips or args.folder
     root = args.folder or args.root or os.path.dirname(os.path.abspath(source))
     # A list's is beside it.
-    index = args.index or (os.path.join(args.output, "videos.index.npz") if args.folder else None)
+    index = args.index or (os.path.join(args.output, "videos.index.arrow") if args.folder else None)
     found = scan_clips(source, args.root, args.clip_seconds, index)
     failures = [{"file": file, "reason": reason} for file, reason in found.skipped]
     settings = PrepareSettings(args.fps, args.short_side, args.quality, args.sample_rate)

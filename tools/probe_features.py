@@ -33,8 +33,7 @@ from detectron2.utils.logger import setup_logger
 
 from avdet2.checkpoint.pixel_settings import BACKBONES, Start, pixel_messages
 from avdet2.data import FrameMapper, register_av_clips
-from avdet2.data.clips.clip_table import single_labels
-from avdet2.data.clips.scan import training_clips
+from avdet2.data.clips import single_labels, training_clips
 from avdet2.engine import load_cfg, use_own_videos
 from avdet2.engine.hand_over import init_backbone
 from avdet2.engine.stages import stage_kind

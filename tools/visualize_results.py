@@ -26,7 +26,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
-from avdet2.data.clips.scan import training_clips
+from avdet2.data.clips import training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError
 from avdet2.engine import load_cfg, use_own_videos

@@ -2,8 +2,7 @@
 """
 From videos to batches.
 
-* Clips: `clips` registers lists (`clip_list`) and folders of videos, with an index of what is known
-  of the files (`clip_index`, `file_table`), as a table (`clip_table`); `datasets` has the paper's.
+* Clips: `clips` registers lists and folders of videos; `datasets` has the paper's.
 * A sample: mappers (`av_mapper`, `frame_mapper`, `self_box_mapper`) cut `windows` of frames and
   take the sound around them, from videos (`media`) or from their prepared form (`prepared.reader`,
   made by `prepared.writer`, kept in a `prepared.store`).
@@ -13,6 +12,6 @@ From videos to batches.
 """
 
 from avdet2.data import datasets  # noqa: F401
-from avdet2.data.clips.scan import register_av_clips  # noqa: F401
+from avdet2.data.clips import register_av_clips  # noqa: F401
 from avdet2.data.mappers.av_mapper import AVMapper  # noqa: F401
 from avdet2.data.mappers.frame_mapper import FrameMapper  # noqa: F401

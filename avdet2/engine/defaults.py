@@ -19,7 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from avdet2.checkpoint import pixel_messages
 from avdet2.config_file import load_cfg
-from avdet2.data.clips.scan import register_av_clips, training_clips
+from avdet2.data.clips import register_av_clips, training_clips
 from avdet2.engine.stages import stage_kind
 from avdet2.engine.train_step import check_precision
 
@@ -97,7 +97,7 @@ def use_own_videos(cfg: CfgNode, run_folder: str = "") -> None:
         if os.path.isdir(source):
             above = os.path.dirname(os.path.abspath(run_folder or cfg.OUTPUT_DIR))
             digest = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-            index = os.path.join(above, f"clip_index-{digest}.npz")
+            index = os.path.join(above, f"clip_index-{digest}.arrow")
         register_av_clips(name, source, clip_seconds=cfg.DATASETS.CLIP_SECONDS, index=index)
     cfg.DATASETS.TRAIN = (name,)
 

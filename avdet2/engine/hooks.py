@@ -15,8 +15,7 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from avdet2.data.clips.clip_table import single_labels
-from avdet2.data.clips.scan import training_clips
+from avdet2.data.clips import single_labels, training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.engine.clip_scores import ClipScores
 from avdet2.evaluation.naming.self_labels import cluster_quality, eq6_agreement, label_change

@@ -58,7 +58,7 @@ def export_self_boxes(
     Args:
         model: a trained localizer.
         cfg: its config.
-        clips: of :func:`avdet2.data.clips.scan.training_clips`; the `sample_id` names the frames.
+        clips: of :func:`avdet2.data.clips.training_clips`; the `sample_id` names the frames.
         output_dir: a folder; made where it does not exist.
 
     Returns:

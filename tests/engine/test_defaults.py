@@ -253,7 +253,7 @@ def test_where_the_index_of_own_videos_is(tmp_path, unregister, monkeypatch):
     one, two, of_list = (indices[str(source)] for source in sources)
     # Side by side in the pipeline's folder; a list's is where the list is.
     assert one != two and of_list is None
-    assert one.startswith(str(tmp_path / "run" / "clip_index-")) and one.endswith(".npz")
+    assert one.startswith(str(tmp_path / "run" / "clip_index-")) and one.endswith(".arrow")
     # Another tool, with another OUTPUT_DIR, looks into the run that it reads.
     cfg.DATASETS.VIDEOS, cfg.OUTPUT_DIR = str(sources[0]), "self_boxes"
     use_own_videos(cfg, str(tmp_path / "run" / "stage"))

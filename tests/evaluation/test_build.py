@@ -17,7 +17,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from avdet2.data.clips.scan import training_clips
+from avdet2.data.clips import training_clips
 from avdet2.data.datasets.synthetic import register_synthetic
 from avdet2.data.prepared import reader
 from avdet2.data.prepared.reader import PrepareSettings

@@ -5,8 +5,9 @@ Made-up votes of clips for clusters, and tables of clips.
 
 import numpy as np
 import torch
+from clip_tables import clip_table
 
-from avdet2.data.clips.clip_table import ClipTable, FileNames
+from avdet2.data.clips import ClipTable
 from avdet2.evaluation.naming.votes import ClusterVotes
 
 
@@ -25,16 +26,7 @@ def table_of(labels: list[list[int]]) -> ClipTable:
     """
     Clips with these labels.
     """
-    count, offsets = len(labels), np.cumsum([0] + [len(of_clip) for of_clip in labels])
-    zeros = np.zeros(count, np.int32)
-    return ClipTable(
-        files=FileNames.of([f"/{i}.mp4" for i in range(count)]),
-        file=np.arange(count, dtype=np.int32),
-        start=np.zeros(count),
-        duration=np.ones(count),
-        width=zeros,
-        height=zeros,
-        label_offsets=offsets,
-        label_values=np.array(sum(labels, []), np.int32),
-        sample_ids=range(count),
+    clip = {"start": 0.0, "duration": 1.0}
+    return clip_table(
+        [{**clip, "file_name": f"/{i}.mp4", "labels": n} for i, n in enumerate(labels)]
     )

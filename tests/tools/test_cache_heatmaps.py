@@ -24,7 +24,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 
 from avdet2.config_file import load_cfg
-from avdet2.data.clips.scan import load_av_clips
+from avdet2.data.clips import load_av_clips
 from avdet2.data.prepared.reader import PreparedClips, PrepareSettings
 from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
 from avdet2.self_boxes.heatmap_cache import Heatmaps

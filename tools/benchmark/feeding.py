@@ -15,7 +15,7 @@ import torch
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.data.clips.scan import scan_clips
+from avdet2.data.clips import scan_clips
 from avdet2.data.prepared.reader import PreparedClips, PrepareSettings, clip_key
 from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
 from avdet2.data.synthetic.generator import Settings, make_item

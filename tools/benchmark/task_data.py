@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from detectron2.config import CfgNode, get_cfg
 
 from avdet2.config import add_avdet2_config
-from avdet2.data.clips.scan import load_av_clips
+from avdet2.data.clips import load_av_clips
 from avdet2.data.mappers.av_mapper import AVMapper, ClipSampler, to_image_tensor
 from avdet2.data.media.video import MediaError, read_audio, read_frame
 from avdet2.data.prepared.reader import ClipReader, PrepareSettings

@@ -24,13 +24,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from avdet2.data.clips.clip_index import Index, list_key, write_index
-from avdet2.data.clips.clip_table import ClipTable
-from avdet2.data.clips.file_table import FileNames, FileTable
-from avdet2.data.clips.scan import load_av_clips
+from avdet2.data.clips import load_av_clips
+from avdet2.data.clips.index import FILES, INDEX_SUFFIX, Index, list_key, write_index
 from avdet2.data.loaders import ClipOrderSampler, MappedClips
 from avdet2.data.prepared.reader import PreparedClips, PrepareSettings, clip_key
 from avdet2.data.prepared.writer import PreparedWriter
@@ -212,10 +211,11 @@ def _make_list(source: str, size: int) -> None:
         for i in range(size):
             stream.write(f"{_file_name(i)},{i % 7},10,class {i % CLASSES:03d}\n")
     base = os.path.dirname(source)
-    facts = FileTable.missing(FileNames.of(map(_file_name, range(size)), os.path.join(base, "")))
-    for column, value in {"duration": 20.0, "width": 340, "height": 256, "problem": 0}.items():
-        getattr(facts, column)[:] = value
-    write_index(f"{source}.index.npz", Index(list_key(source, base), facts))
+    names = (os.fsencode(os.path.join(base, _file_name(i))) for i in range(size))
+    facts = {"size": 1, "mtime": 1, "duration": 20.0, "width": 340, "height": 256, "problem": None}
+    columns = [pa.repeat(pa.scalar(value, FILES.field(n).type), size) for n, value in facts.items()]
+    files = pa.table([pa.array(names, pa.large_binary()), *columns], FILES)
+    write_index(source + INDEX_SUFFIX, Index(files, list_key(source, base)))
 
 
 def _start(source: str, size: int, draws: int, rounds: int) -> Values:
@@ -223,7 +223,7 @@ def _start(source: str, size: int, draws: int, rounds: int) -> Values:
     Read the list; then draw some clips, where any are asked for.
     """
     cost = _cost(lambda: load_av_clips(source))
-    clips: ClipTable = cost.result
+    clips = cost.result
     assert len(clips) == size, len(clips)
     values = {"later start": cost.seconds, "later start: peak": cost.peak}
     if draws:
@@ -232,8 +232,8 @@ def _start(source: str, size: int, draws: int, rounds: int) -> Values:
         values |= {
             "later start: stays": cost.stays,
             "clip table": clips.nbytes,
-            "of it names of files": clips.files.nbytes,
-            "index on disk": os.path.getsize(f"{source}.index.npz"),
+            "of it names of files": clips.columns["file"].nbytes,
+            "index on disk": os.path.getsize(source + INDEX_SUFFIX),
             "draw a clip": _microseconds(dataset.__getitem__, places, rounds),
         }
     return values

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from avdet2.data.clips.scan import VIDEO_EXTENSIONS
+from avdet2.data.clips import VIDEO_EXTENSIONS
 from avdet2.data.datasets.ground_truth import GroundTruth, Picture, write_ground_truths
 from avdet2.data.datasets.prepare import clip_file, find_clips
 from avdet2.data.media.video import MediaError, MediaFile, VideoInfo, read_frame

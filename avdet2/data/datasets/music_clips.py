@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from avdet2.data.clips.scan import clips_from_folder
+from avdet2.data.clips import load_av_clips
 from avdet2.data.datasets.ground_truth import read_json
 from avdet2.data.datasets.segments import (
     ClipListSpec,
@@ -93,10 +93,11 @@ def prepare_music_clips(
     kept = {part: [s for s in rows if s.video not in exclude] for part, rows in parts.items()}
     segment_of = {s.video: s for rows in kept.values() for s in rows}
     places: dict[Segment, list[Place]] = {s: [] for rows in kept.values() for s in rows}
-    for file, start, duration, _ in clips_from_folder(videos, clip_seconds):
+    for clip in load_av_clips(videos, clip_seconds=clip_seconds):
+        file = os.path.relpath(clip["file_name"], videos)
         segment = segment_of.get(os.path.splitext(os.path.basename(file))[0])
         if segment is not None:
-            places[segment].append(Place(os.path.relpath(file, videos), start, duration))
+            places[segment].append(Place(file, clip["start"], clip["duration"]))
     if not any(places.values()):
         raise ValueError(f"{videos}: none of the {len(places)} videos is there, named {{YTID}}.mp4")
     missing = {s.video: "no usable video of this id" for s, found in places.items() if not found}

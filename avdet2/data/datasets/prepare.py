@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from avdet2.data.clips.scan import VIDEO_EXTENSIONS
+from avdet2.data.clips import VIDEO_EXTENSIONS
 from avdet2.utils.files import write_whole
 
 # A YouTube id is 11 characters, of which any may be "-" or "_": the rest is what tells the start.
@@ -195,7 +195,7 @@ def clip_file(files: Mapping[tuple[str, int], str], video: str, milliseconds: in
 
 def write_clip_list(path: str, rows: Iterable[Sequence[Any]]) -> str:
     """
-    Write a clip list, as :func:`avdet2.data.clips.scan.read_clip_list` reads it.
+    Write a clip list, as :func:`avdet2.data.clips.read_clip_list` reads it.
 
     Args:
         path: of the csv file.

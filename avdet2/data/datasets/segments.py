@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.data.clips.clip_table import ClipTable
-from avdet2.data.clips.scan import read_once, scan_clips
+from avdet2.data.clips import ClipTable, read_once, scan_clips
 from avdet2.data.datasets.prepare import (
     ClipFiles,
     clip_file,
@@ -286,7 +285,7 @@ def overview(
 
 def load_segments(root: str, name: str, command: str, dataset: str) -> ClipTable:
     """
-    Load a clip list that was prepared; see :func:`avdet2.data.clips.scan.scan_clips`.
+    Load a clip list that was prepared; see :func:`avdet2.data.clips.scan_clips`.
 
     Args:
         root: folder of the prepared data set.

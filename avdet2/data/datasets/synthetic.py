@@ -9,8 +9,7 @@ from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.data.clips.clip_table import ClipTable
-from avdet2.data.clips.scan import read_once, scan_clips
+from avdet2.data.clips import ClipTable, read_once, scan_clips
 from avdet2.data.datasets.coco_av import register_coco_av
 from avdet2.data.synthetic.objects import class_names
 from avdet2.data.synthetic.views import CLASS_GROUPS, TEST_VIEWS
@@ -20,7 +19,7 @@ _EXTRA_ANNOTATION_KEYS = ["sounding", "instance", "visible"]
 
 def load_synthetic_clips(root: str, dataset_name: str | None = None) -> ClipTable:
     """
-    Load the training clips; see :func:`avdet2.data.clips.scan.scan_clips`.
+    Load the training clips; see :func:`avdet2.data.clips.scan_clips`.
 
     Args:
         root: folder of the data set.

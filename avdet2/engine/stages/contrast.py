@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from detectron2.config import CfgNode
 
-from avdet2.data.clips.scan import training_clips
+from avdet2.data.clips import training_clips
 from avdet2.data.loaders import build_pair_loader
 
 logger = logging.getLogger(__name__)

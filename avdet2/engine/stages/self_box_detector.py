@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from detectron2.config import CfgNode
 
-from avdet2.data.clips.scan import training_clips
+from avdet2.data.clips import training_clips
 from avdet2.data.loaders import build_list_loader
 from avdet2.engine.stages.base import FINAL, StageKind, last_weights, offering
 from avdet2.evaluation.naming.cluster_names import ClusterNames

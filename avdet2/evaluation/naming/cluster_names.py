@@ -14,8 +14,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.data.clips.clip_table import label_pairs
-from avdet2.data.clips.scan import training_clips
+from avdet2.data.clips import label_pairs, training_clips
 from avdet2.evaluation.naming.cluster_matching import METHODS, ClusterMatching, match_clusters
 from avdet2.evaluation.naming.label_spaces import LabelSpace, label_space, read_groups
 from avdet2.evaluation.naming.self_labels import cluster_quality

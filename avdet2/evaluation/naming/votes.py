@@ -77,7 +77,7 @@ def collect_votes(model: AVLocalizer, cfg: CfgNode, clips: Sequence[dict]) -> Cl
     Args:
         model: a localizer with clustering heads.
         cfg: the localizer's config.
-        clips: of :func:`avdet2.data.clips.scan.training_clips`.
+        clips: of :func:`avdet2.data.clips.training_clips`.
 
     Raises:
         ValueError: no clip can be read.
@@ -113,7 +113,7 @@ def frozen_votes(cfg: CfgNode, clips: Sequence[dict]) -> ClusterVotes:
 
     Args:
         cfg: the detector's config, with MODEL.SELF_BOX.LOCALIZER_CONFIG and LOCALIZER_WEIGHTS.
-        clips: of :func:`avdet2.data.clips.scan.training_clips` for cfg.DATASETS.TRAIN.
+        clips: of :func:`avdet2.data.clips.training_clips` for cfg.DATASETS.TRAIN.
 
     Raises:
         ValueError: the localizer is not there.

@@ -26,7 +26,7 @@ from media_files import write_video
 
 from detectron2.data import DatasetCatalog
 
-from avdet2.data.clips.scan import training_clips
+from avdet2.data.clips import training_clips
 from avdet2.data.datasets import label_maps
 from avdet2.data.datasets.audioset import (
     DATASETS,

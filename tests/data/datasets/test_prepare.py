@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.data.clips.scan import ClipRow, read_clip_list
+from avdet2.data.clips import read_clip_list
 from avdet2.data.datasets.prepare import (
     add_clips,
     add_output,
@@ -51,9 +51,9 @@ def test_written_lists_are_read_back(tmp_path: Path) -> None:
     path = str(tmp_path / "new" / "list.csv")
     rows = [("a, b.mp4", 0, 10, "x, y"), ("-c_000030.mp4", 1.5, 2.25, "dog|x, y")]
     sha256 = write_clip_list(path, rows)
-    assert read_clip_list(path) == [
-        ClipRow("a, b.mp4", 0.0, 10.0, "x, y"),
-        ClipRow("-c_000030.mp4", 1.5, 2.25, ("dog", "x, y")),
+    assert read_clip_list(path).to_pylist() == [
+        {"file": b"a, b.mp4", "start": 0.0, "duration": 10.0, "labels": ["x, y"]},
+        {"file": b"-c_000030.mp4", "start": 1.5, "duration": 2.25, "labels": ["dog", "x, y"]},
     ]
     content = Path(path).read_bytes()
     assert sha256 == hashlib.sha256(content).hexdigest() == sha256_of_file(path)

@@ -27,7 +27,7 @@ from detectron2.config import get_cfg
 from detectron2.utils import logger
 
 from avdet2.config import add_avdet2_config
-from avdet2.data.clips.scan import scan_clips
+from avdet2.data.clips import scan_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError, read_sample
 from avdet2.data.media.waveform import audio_to_float, audio_to_int16
