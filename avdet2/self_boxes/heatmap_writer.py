@@ -18,7 +18,6 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.utils import comm
 
-from avdet2.config_file import flat_items
 from avdet2.data.mappers.av_mapper import full_frame_size, limit_threads, to_image_tensor
 from avdet2.data.prepared.reader import DAMAGED, NO_SOUND, PreparedClips
 from avdet2.data.prepared.store import StoreWriter
@@ -30,20 +29,10 @@ from avdet2.self_boxes.heatmap_cache import (
     file_hash,
     heatmap_keys,
 )
+from avdet2.self_boxes.teacher import heatmap_config
 
 # So many frames of a clip go through the localizer at a time.
 BATCH_SIZE = 64
-# Parts of the localizer's config that its heatmaps depend on, beside the weights.
-_KEYS = (
-    "INPUT.AV.",
-    "INPUT.FORMAT",
-    "MODEL.PIXEL_",
-    "MODEL.LOCALIZER.SPECTROGRAM.",
-    "MODEL.LOCALIZER.OBJECTIVE",
-    "MODEL.LOCALIZER.OBJECT_DICTIONARY",
-    "MODEL.LOCALIZER.NORMALIZE",
-    "MODEL.LOCALIZER.VISUAL_FEATURE",
-)
 
 
 def write_heatmaps(
@@ -79,7 +68,7 @@ def write_heatmaps(
         "sha256": file_hash(weights),
         "stride": localizer.visual_stride,
         "num_clusters": localizer.num_clusters if localizer.has_clusters else 0,
-        "config": {key: value for key, value in flat_items(cfg) if key.startswith(_KEYS)},
+        "config": heatmap_config(cfg),
         "prepared": clips.settings,
     }
     notes = {"weights": os.path.abspath(weights)}
