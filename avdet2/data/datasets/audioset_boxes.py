@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from avdet2.data.datasets.audioset import box_classes, read_audioset_csv
-from avdet2.data.datasets.coco_av import register_prepared
+from avdet2.data.datasets.coco_av import register_test_set
 from avdet2.data.datasets.ground_truth import (
     Box,
     GroundTruth,
@@ -118,4 +118,4 @@ def register_audioset_boxes(root: str) -> None:
     """
     for part in PARTS:
         name = f"audioset_instruments_{part}test"
-        register_prepared(root, name, "prepare_audioset_boxes.py", test_classes())
+        register_test_set(root, name, "prepare_audioset_boxes.py", test_classes())

@@ -74,7 +74,7 @@ def register_coco_av(
         metadata.set(thing_classes=list(classes))
 
 
-def register_prepared(
+def register_test_set(
     root: str,
     name: str,
     script: str,

@@ -8,7 +8,7 @@ import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 
-from avdet2.data.datasets.coco_av import register_prepared
+from avdet2.data.datasets.coco_av import register_test_set
 from avdet2.data.datasets.ground_truth import Box, GroundTruth, Picture, clean_corners
 from avdet2.data.datasets.prepare import read_csv
 
@@ -102,6 +102,6 @@ def register_flickr(root: str) -> None:
     Args:
         root: folder that `prepare_flickr_soundnet.py` wrote or will write to.
     """
-    register_prepared(
+    register_test_set(
         root, "flickr_soundnet_test", "prepare_flickr_soundnet.py", [CLASS_NAME], ["annotator"]
     )

@@ -7,7 +7,7 @@ al., Discriminative Sounding Objects Localization).
 import re
 from collections import Counter
 
-from avdet2.data.datasets.coco_av import register_prepared
+from avdet2.data.datasets.coco_av import register_test_set
 from avdet2.data.datasets.ground_truth import (
     Box,
     GroundTruth,
@@ -76,4 +76,4 @@ def register_music(root: str) -> None:
         root: folder that `prepare_music.py` wrote or will write to.
     """
     for part in PARTS:
-        register_prepared(root, f"music_{part}_test", "prepare_music.py", test_classes())
+        register_test_set(root, f"music_{part}_test", "prepare_music.py", test_classes())

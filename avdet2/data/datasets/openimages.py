@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from avdet2.data.datasets.coco_av import register_prepared
+from avdet2.data.datasets.coco_av import register_test_set
 from avdet2.data.datasets.ground_truth import Box, GroundTruth, Picture, clean_corners
 from avdet2.data.datasets.label_maps import general_labels, openimages_mids, test_classes
 from avdet2.data.datasets.prepare import read_csv
@@ -120,4 +120,4 @@ def register_openimages(root: str) -> None:
     """
     for group, classes in class_groups().items():
         for split in SPLITS:
-            register_prepared(root, set_name(group, split), "prepare_openimages.py", classes)
+            register_test_set(root, set_name(group, split), "prepare_openimages.py", classes)

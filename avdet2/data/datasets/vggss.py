@@ -10,7 +10,7 @@ classes: drawn by people, only of what sounds, and fewer.
 
 from collections import Counter
 
-from avdet2.data.datasets.coco_av import register_prepared
+from avdet2.data.datasets.coco_av import register_test_set
 from avdet2.data.datasets.ground_truth import (
     Box,
     GroundTruth,
@@ -75,6 +75,6 @@ def register_vggss(root: str) -> None:
     Args:
         root: folder that `prepare_vggss.py` wrote or will write to.
     """
-    register_prepared(root, "vggss_test", "prepare_vggss.py")
+    register_test_set(root, "vggss_test", "prepare_vggss.py")
     for name in ("vggsound_test_boxes", "vggsound_test_boxes_representative"):
-        register_prepared(root, name, "prepare_vggss.py", test_classes())
+        register_test_set(root, name, "prepare_vggss.py", test_classes())

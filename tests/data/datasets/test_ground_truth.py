@@ -17,7 +17,7 @@ from PIL import Image
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.data.datasets.coco_av import load_coco_av, register_prepared
+from avdet2.data.datasets.coco_av import load_coco_av, register_test_set
 from avdet2.data.datasets.ground_truth import (
     Box,
     GroundTruth,
@@ -174,7 +174,7 @@ def test_files_of_pictures_that_are_gone_do_not_stay(tmp_path):
 
 
 def test_prepared_set_is_read_when_it_is_used(tmp_path):
-    register_prepared(str(tmp_path), "prepared_set", "prepare_it.py", ["cat", "dog"], ["annotator"])
+    register_test_set(str(tmp_path), "prepared_set", "prepare_it.py", ["cat", "dog"], ["annotator"])
     assert MetadataCatalog.get("prepared_set").thing_classes == ["cat", "dog"]
     with pytest.raises(FileNotFoundError, match="python datasets/prepare_it.py --output"):
         DatasetCatalog.get("prepared_set")
