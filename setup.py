@@ -20,25 +20,26 @@ INSTALL_REQUIRES = [
     "torch>=2.4",
     "torchvision>=0.19",
     "torchaudio>=2.4",
-    # 17 brought the choice of threads for converting frames; 19 has no metadata_errors, and its
-    # resamplers keep their threads until they are garbage-collected.
-    "av>=17,<19",
+    # 17 turns pictures another way; 19 has no metadata_errors, and its resamplers keep their threads
+    # until they are garbage-collected.
+    "av>=18,<19",
     "faster-coco-eval>=1.6.5",
     "filelock>=3.12",
     "fvcore>=0.1.5,<0.1.6",
     # Detectron2 does not work with newer ones.
     "iopath>=0.1.7,<0.1.10",
-    "matplotlib>=3.5",
+    "matplotlib>=3.7",
     "numpy>=1.24",
-    # opencv-python does as well, but draws in the libraries of a desktop.
-    "opencv-python-headless>=4.6",
+    # opencv-python does as well, but draws in the libraries of a desktop. 4.8 gives some self-boxes
+    # other sides.
+    "opencv-python-headless>=4.10",
     "Pillow>=9.5",
     "pyarrow>=14",
     "pycocotools>=2.0.6",
-    "PyYAML>=5.1",
+    "PyYAML>=6.0",
     "scikit-learn>=1.2",
     "scipy>=1.10",
-    "tabulate>=0.8",
+    "tabulate>=0.9",
     "threadpoolctl>=3.1",
     "timm>=0.9",
     "tqdm>=4.60",
@@ -80,7 +81,7 @@ setup(
     extras_require={
         # MODEL.META_ARCHITECTURE SelectiveSearch. Uninstall the other packages of OpenCV first: all
         # of them are one Python package, cv2.
-        "selective-search": ["opencv-contrib-python-headless>=4.6"],
+        "selective-search": ["opencv-contrib-python-headless>=4.10"],
         # Tests, lint and format.
         "dev": DEV,
     },
