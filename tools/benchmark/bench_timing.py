@@ -1,6 +1,9 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
 Honest timing: candidates take turns, and ratios are those of neighbours in time.
+
+For one short operation there is torch.utils.benchmark.Timer. It calls what it measures twice before
+each measurement, which here takes seconds, and reads one clock; we want elapsed and CPU time.
 """
 
 import gc
@@ -16,6 +19,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from matrix_rate import synchronize
 
 __all__ = ["Comparison", "Report", "Timing", "alternate", "cpu_seconds"]
 
@@ -174,18 +179,13 @@ def _spent(function: Callable[[], Any], device: torch.device | str) -> tuple[flo
     """
     Seconds of wall and CPU that a call takes.
     """
-
-    def wait() -> None:
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-
     # What others left behind is not to be cleared up within this one's time.
     gc.collect()
-    wait()
+    synchronize(device)
     children = _children_seconds()
     wall, cpu = time.perf_counter(), time.process_time()
     function()
-    wait()
+    synchronize(device)
     # To look at the children takes time itself: it comes before the start and after the end.
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return wall, cpu + max(0.0, _children_seconds() - children)

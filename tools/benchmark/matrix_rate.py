@@ -3,15 +3,13 @@
 How fast a device multiplies matrices, and how many operations a training step asks of it.
 """
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 # Data type, and torch.set_float32_matmul_precision.
@@ -60,8 +58,7 @@ def matrix_rates(
     device: torch.device | str,
     precisions: Sequence[str] | None = None,
     sizes: Sequence[int] | None = None,
-    rounds: int = 5,
-    seconds: float = 0.2,
+    seconds: float = 1.0,
 ) -> dict[str, float]:
     """
     What the device reaches in products of square matrices of random numbers.
@@ -73,8 +70,7 @@ def matrix_rates(
         precisions: of :data:`PRECISIONS`; by default bf16, fp16, fp32 without and with TF32 on a
             GPU, bf16 and fp32 on a CPU.
         sizes: of the matrices; by default :data:`SIZES`.
-        rounds: measurements of each size, of which the median counts.
-        seconds: least length of a measurement.
+        seconds: that each size is measured for, at least; the median counts.
 
     Returns:
         dict[str, float]: FLOP/s of the fastest size, by precision.
@@ -88,19 +84,21 @@ def matrix_rates(
     sizes = sizes or SIZES["cuda" if kind == "cuda" else "cpu"]
     rates = {}
     for name in precisions:
-        times = {n: median(_product_seconds(device, name, n, rounds, seconds)) for n in sizes}
+        times = {n: _product_seconds(device, name, n, seconds) for n in sizes}
         rates[name] = max(2 * n**3 / spent for n, spent in times.items())
     return rates
 
 
 def _product_seconds(
-    device: torch.device | str, precision: str, size: int, rounds: int, seconds: float
-) -> list[float]:
+    device: torch.device | str, precision: str, size: int, seconds: float
+) -> float:
     dtype, matmul_precision = PRECISIONS[precision]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    out = torch.empty_like(a)
+    known = {"torch": torch, "a": a, "b": b, "out": torch.empty_like(a)}
+    threads = torch.get_num_threads()
+    timer = Timer("torch.mm(a, b, out=out)", globals=known, num_threads=threads)
     with _float32_matmul_precision(matmul_precision):
-        return call_seconds(lambda: torch.mm(a, b, out=out), device, rounds, seconds)
+        return timer.blocked_autorange(min_run_time=seconds).median
 
 
 @contextmanager
@@ -111,30 +109,6 @@ def _float32_matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def call_seconds(
-    function: Callable[[], Any],
-    device: torch.device | str = "cpu",
-    rounds: int = 5,
-    seconds: float = 0.2,
-) -> list[float]:
-    """
-    Seconds of one call, once a round, after two calls that do not count. A round calls the function
-    without a pause until ``seconds`` should have passed, as a training does.
-    """
-    _elapsed(function, 1, device)
-    repeats = max(1, math.ceil(seconds / _elapsed(function, 1, device)))
-    return [_elapsed(function, repeats, device) / repeats for _ in range(rounds)]
-
-
-def _elapsed(function: Callable[[], Any], repeats: int, device: torch.device | str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device | str) -> None:

@@ -169,7 +169,7 @@ class LocalizerBenchmark:
             seconds: of its step, without a profiler.
         """
         names = {self.precision, "bf16", "fp32"}
-        quick = {"sizes": (256,), "rounds": 2, "seconds": 0.01} if self.args.quick else {}
+        quick = {"sizes": (256,), "seconds": 0.02} if self.args.quick else {}
         rates = matrix_rates(self.device, None if self.on_gpu else sorted(names), **quick)
         for name, rate in rates.items():
             self.report.values[f"TFLOP/s, matrix products in {name}"] = rate / 1e12

@@ -3,7 +3,6 @@
 Operations counted by hand, and rates of matrix products.
 """
 
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from detectron2.utils.events import EventStorage
 from avdet2.config_file import load_cfg
 from matrix_rate import (
     PRECISIONS,
-    call_seconds,
     convolution_flops,
     matrix_rates,
     share_of_rate,
@@ -99,14 +97,14 @@ class TestConvolutionFlops:
 
 class TestMatrixRates:
     def test_are_finite_and_all_there(self):
-        rates = matrix_rates("cpu", ("bf16", "fp32"), sizes=(32, 64), rounds=2, seconds=0.002)
+        rates = matrix_rates("cpu", ("bf16", "fp32"), sizes=(32, 64), seconds=0.004)
         assert rates.keys() == {"bf16", "fp32"}
         assert all(0 < rate < 1e15 for rate in rates.values())
 
     def test_restore_the_precision_of_products(self):
         torch.set_float32_matmul_precision("high")
         try:
-            matrix_rates("cpu", ("fp32",), sizes=(16,), rounds=1, seconds=0.0)
+            matrix_rates("cpu", ("fp32",), sizes=(16,), seconds=0.001)
             assert torch.get_float32_matmul_precision() == "high"
         finally:
             torch.set_float32_matmul_precision("highest")
@@ -117,14 +115,9 @@ class TestMatrixRates:
 
     @needs_cuda
     def test_half_precision_is_faster_on_a_gpu(self):
-        rates = matrix_rates("cuda", sizes=(4096,), rounds=3)
+        rates = matrix_rates("cuda", sizes=(4096,))
         assert rates.keys() == set(PRECISIONS)
         assert rates["bf16"] > 2 * rates["fp32"]
-
-
-def test_call_seconds_are_those_of_one_call():
-    found = call_seconds(lambda: time.sleep(0.005), rounds=3, seconds=0.02)
-    assert len(found) == 3 and all(0.005 <= seconds < 1 for seconds in found)
 
 
 def test_share_of_rate():
