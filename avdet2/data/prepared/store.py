@@ -11,8 +11,8 @@ writer finds by its checksums what is whole of it, and keeps that.
 
 Arrow and LMDB were tried behind the same interface. Reading an Arrow stream by Arrow's own memory
 map makes the kernel fetch the whole file (67 of 67 MB, without a word of the data being used), and
-has no checksums. LMDB reads a sample in about the same CPU time as this, but has no checksums of
-its pages: of 88 flipped bits in the pages of a tree that had an effect, 49 made records vanish
+has no checksums. LMDB gives 7 % more prepared samples per CPU second than this, but has no checksums
+of its pages: of 88 flipped bits in the pages of a tree that had an effect, 49 made records vanish
 without an error, and one ended the process.
 """
 
@@ -22,6 +22,7 @@ import logging
 import mmap
 import os
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
@@ -112,7 +113,8 @@ class Store:
         self.shards = sorted(self.folder.glob("shard_*.npz"))
         tables = [self._load(shard) for shard in self.shards]
         self.rows = np.concatenate([np.zeros(0, self.dtype()), *tables])
-        self._starts = np.cumsum([0, *map(len, tables)])
+        self._files = [shard.with_suffix(".bin") for shard in self.shards]
+        self._starts = list(itertools.accumulate(map(len, tables), initial=0))
         # Of records with one key the last one counts.
         order = np.argsort(self.rows["key"], kind="stable")
         keys = self.rows["key"][order]
@@ -153,8 +155,7 @@ class Store:
         """
         The shard that a record is in, by its `.bin` file.
         """
-        number = int(np.searchsorted(self._starts, place, "right")) - 1
-        return self.shards[number].with_suffix(".bin")
+        return self._files[bisect_right(self._starts, place) - 1]
 
     def record(self, place: int) -> Record:
         """
