@@ -30,9 +30,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     The frozen config of a run, with logging, seed and OUTPUT_DIR set up by Detectron2.
 
-    Args:
-        args: of Detectron2's argument parser.
-
     Raises:
         ValueError: there is nothing to train on, no CUDA device where one is asked for, or a
             precision that the device does not train in.

@@ -50,7 +50,6 @@ class SelfLabelHook(HookBase):
     def __init__(self, cfg: CfgNode, model: AVLocalizer) -> None:
         """
         Args:
-            cfg: the training's config; MODEL.LOCALIZER.SELF_LABEL is read.
             model: the localizer, not wrapped in DDP.
         """
         self._cfg, self._model = cfg, model
@@ -95,7 +94,7 @@ class SelfLabelHook(HookBase):
         Estimate the labels from the model as it is, on all processes together.
 
         Args:
-            first: there are no labels yet (SELF_LABEL.INIT applies).
+            first: there are no labels yet, so that SELF_LABEL.INIT and ALIGN_HEADS apply.
         """
         start = time.perf_counter()
         broadcast_buffers(self._model)
@@ -103,13 +102,19 @@ class SelfLabelHook(HookBase):
         is_unaligned = first and self._node.ALIGN_HEADS
         scores, audio = self._predict(is_unaligned, keep_audio=is_kmeans)
         if is_unaligned:
-            self._renumber_audio_head(scores.align())
+            last = self._model.cls_a[-1]
+            order = scores.align().to(last.weight.device)
+            with torch.no_grad():
+                last.weight.copy_(last.weight[order])
+                last.bias.copy_(last.bias[order])
         extra = {}
         if is_kmeans:
             local = _kmeans_labels(audio, self._num_clusters, self._cfg.SEED)
         else:
             local, extra = self._sinkhorn(scores)
-        labels = self._exchange(scores.ids, local)
+        labels = torch.full((len(self._clips),), -1, dtype=torch.int32)
+        labels[scores.ids] = local.cpu().int()
+        labels = all_reduce(labels, op=dist.ReduceOp.MAX).long()
         self._log(labels, extra, time.perf_counter() - start)
         self._model.labels = labels.to(self._model.device)
 
@@ -140,12 +145,6 @@ class SelfLabelHook(HookBase):
             raise ValueError("no training clip could be read for self-labelling")
         return scores, torch.cat(audio)
 
-    def _renumber_audio_head(self, order: torch.Tensor) -> None:
-        last = self._model.cls_a[-1]
-        with torch.no_grad():
-            last.weight.copy_(last.weight[order.to(last.weight.device)])
-            last.bias.copy_(last.bias[order.to(last.bias.device)])
-
     def _sinkhorn(self, scores: ClipScores) -> tuple[torch.Tensor, dict]:
         marginals = self._weights
         if self._node.MARGINALS == "gaussian":
@@ -157,16 +156,12 @@ class SelfLabelHook(HookBase):
             tol=self._node.TOL,
             max_iter=self._node.MAX_PASSES,
         )
-        agreement = _agreement_of_all(scores.values, result.labels)
+        # This process may have no clip.
+        count = len(result.labels)
+        share = eq6_agreement(scores.values, result.labels) if count else 0.0
+        matches, counts = zip(*comm.all_gather((share * count, count)))
+        agreement = sum(matches) / sum(counts)
         return result.labels, {"passes": result.passes, "eq6_agreement": agreement}
-
-    def _exchange(self, ids: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-        """
-        The labels of all clips, of shape (N,), from those that each process has.
-        """
-        labels = torch.full((len(self._clips),), -1, dtype=torch.int32)
-        labels[ids] = local.cpu().int()
-        return all_reduce(labels, op=dist.ReduceOp.MAX).long()
 
     def _log(self, labels: torch.Tensor, extra: dict, seconds: float) -> None:
         """
@@ -196,16 +191,6 @@ class SelfLabelHook(HookBase):
         logger.info(f"self-labels before iteration {self.trainer.iter + 1}: {text}")
         for key, value in values.items():
             self.trainer.storage.put_scalar(f"self_label/{key}", value, smoothing_hint=False)
-
-
-def _agreement_of_all(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """
-    :func:`eq6_agreement` over the clips of all processes; this one may have none.
-    """
-    count = len(scores)
-    share = eq6_agreement(scores, labels) if count else 0.0
-    matches, counts = zip(*comm.all_gather((share * count, count)))
-    return sum(matches) / sum(counts)
 
 
 def _marginal_weights(node: CfgNode, num_clusters: int, seed: int) -> torch.Tensor | None:

@@ -27,9 +27,8 @@ class TrainStep(SimpleTrainer):
     Detectron2's SimpleTrainer and AMPTrainer in one, on any device.
 
     Reading a loss makes the program wait for the device, and for the other processes. So losses
-    stay on the device, and are read only every few iterations. Then their means since the last
-    reading are logged. They are also read before each checkpoint, so that a model whose losses are
-    not finite is never saved.
+    are read only every few iterations, and their means since the last reading are logged. They are
+    also read before each checkpoint, so that a model whose losses are not finite is never saved.
 
     Attributes:
         max_iter: the last iteration is ``max_iter - 1``; who runs the steps may change it.
@@ -79,9 +78,6 @@ class TrainStep(SimpleTrainer):
         data_loader: Iterable,
         optimizer: torch.optim.Optimizer,
     ) -> "TrainStep":
-        """
-        The step that SOLVER describes.
-        """
         solver = cfg.SOLVER
         return cls(
             model,
@@ -120,7 +116,12 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         if saves:
-            self._check_weights()
+            values = [x.detach() for x in self.model.parameters() if x.requires_grad]
+            if not torch.stack([x.isfinite().all() for x in values]).all():
+                raise FloatingPointError(
+                    f"Weights became infinite or NaN at iteration={self.iter}: there is no "
+                    "checkpoint of it"
+                )
 
     def _saves(self) -> bool:
         """
@@ -142,7 +143,14 @@ class TrainStep(SimpleTrainer):
         # All processes raise together: what follows an error may be for all of them.
         gathered = comm.all_gather((rows, [seconds for _, seconds in unseen]))
         means = [_means(rows) for rows in zip(*(rows for rows, _ in gathered))]
-        self._check_losses(means)
+        first = self.iter - len(means) + 1
+        for iteration, losses in enumerate(means, first):
+            if not math.isfinite(sum(losses.values())):
+                raise FloatingPointError(
+                    f"Loss became infinite or NaN at iteration={iteration}!\n"
+                    f"loss_dict = {losses}\n(the losses of iterations {first} to {self.iter} were "
+                    "looked at together, see SOLVER.METRIC_PERIOD)"
+                )
         if not comm.is_main_process():
             return
         storage, is_noisy = get_event_storage(), self.metric_period == 1
@@ -153,24 +161,6 @@ class TrainStep(SimpleTrainer):
         losses = _means(means)
         if len(losses) > 1:
             storage.put_scalars(**losses, smoothing_hint=is_noisy)
-
-    def _check_losses(self, means: list[dict[str, float]]) -> None:
-        first = self.iter - len(means) + 1
-        for iteration, losses in enumerate(means, first):
-            if not math.isfinite(sum(losses.values())):
-                raise FloatingPointError(
-                    f"Loss became infinite or NaN at iteration={iteration}!\n"
-                    f"loss_dict = {losses}\n(the losses of iterations {first} to {self.iter} were "
-                    "looked at together, see SOLVER.METRIC_PERIOD)"
-                )
-
-    def _check_weights(self) -> None:
-        values = [x for x in self.model.parameters() if x.requires_grad]
-        if not torch.stack([x.detach().isfinite().all() for x in values]).all():
-            raise FloatingPointError(
-                f"Weights became infinite or NaN at iteration={self.iter}: there is no checkpoint "
-                "of it"
-            )
 
     def state_dict(self) -> dict:
         """

@@ -42,9 +42,6 @@ class AVTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         """
-        Args:
-            cfg: a frozen config.
-
         Raises:
             ValueError: a choice in the config that is unknown, or not for this device or number of
                 processes.
@@ -126,18 +123,13 @@ class AVTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """
-        See :func:`avdet2.engine.optimizer.build_optimizer`.
-        """
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
         """
-        The loader of the kind of stage.
-
         Raises:
-            ValueError: INPUT.MAPPER is not that of the kind.
+            ValueError: INPUT.MAPPER is not that of the kind of stage.
         """
         kind = stage_kind(cfg)
         if cfg.INPUT.MAPPER != kind.mapper:
@@ -149,9 +141,6 @@ class AVTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
-        """
-        The loader of the kind of stage.
-        """
         return stage_kind(cfg).build_test_loader(dataset_name)
 
     @classmethod
@@ -190,11 +179,12 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """
     The model in DistributedDataParallel where there are several processes, on GPUs or CPUs.
     """
-    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     # Detectron2 0.6 would take the process's number for that of a GPU; but there may be none, or
     # only one that this process is shown.
-    options["device_ids"] = [torch.cuda.current_device()] if device.type == "cuda" else None
-    return create_ddp_model(model, **options)
+    gpus = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return create_ddp_model(
+        model, broadcast_buffers=False, gradient_as_bucket_view=True, device_ids=gpus
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
