@@ -231,7 +231,7 @@ def _start(source: str, size: int, draws: int, rounds: int) -> Values:
         dataset = MappedClips(clips, lambda clip: clip)
         values |= {
             "later start: stays": cost.stays,
-            "clip table": clips.nbytes,
+            "clip table": clips.columns.nbytes,
             "of it names of files": clips.columns["file"].nbytes,
             "index on disk": os.path.getsize(source + INDEX_SUFFIX),
             "draw a clip": _microseconds(dataset.__getitem__, places, rounds),

@@ -56,6 +56,8 @@ def read_clip_list(path: str, root: str = "") -> pa.Table:
             f"{path}: a clip list is a .csv, .jsonl or .parquet file, or a folder of videos"
         )
     table = read(path)
+    if not len(table):
+        return CLIPS.empty_table()
     start, duration = _numbers(table["start"]), _numbers(table["duration"])
     _check(path, table["file"], start, duration)
     labels = _label_lists(table["label"])

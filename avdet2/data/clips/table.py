@@ -58,8 +58,8 @@ class ClipTable(Sequence[dict[str, Any]]):
         """
         The clips of all tables, numbered through; their columns are not copied.
         """
-        if len(tables) == 1:
-            return tables[0].numbered_from_zero()
+        if len(tables) == 1 and tables[0].sample_ids == range(len(tables[0])):
+            return tables[0]
         return cls(pa.concat_tables([table.columns for table in tables]))
 
     def __len__(self) -> int:
@@ -110,12 +110,6 @@ class ClipTable(Sequence[dict[str, Any]]):
             writer.write_table(self.columns)
         return _unpickled, (sink.getvalue(), self.sample_ids)
 
-    def numbered_from_zero(self) -> "ClipTable":
-        """
-        The same clips, whose `sample_id` is their place; the table itself where it is already.
-        """
-        return self if self.sample_ids == range(len(self)) else ClipTable(self.columns)
-
     def with_labels(self, numbers: Sequence[int]) -> "ClipTable":
         """
         The same clips, whose label i is numbers[i].
@@ -125,13 +119,6 @@ class ClipTable(Sequence[dict[str, Any]]):
         labels = pa.ListArray.from_arrays(labels.offsets, pa.array(values))
         place = COLUMNS.get_field_index("labels")
         return ClipTable(self.columns.set_column(place, "labels", labels), self.sample_ids)
-
-    @property
-    def nbytes(self) -> int:
-        """
-        Bytes that all columns and names take.
-        """
-        return self.columns.nbytes
 
 
 def _unpickled(stream: pa.Buffer, sample_ids: range) -> ClipTable:
