@@ -249,7 +249,7 @@ def _add_test(cfg: CN) -> None:
     cfg.TEST.MATCHING.GROUPS = ""
     # Clips per cluster whose label is looked at by mshot.
     cfg.TEST.MATCHING.M = 1
-    # A cluster_matching.json to be used again (METHOD "file").
+    # A cluster_matching.json to be used again, or a run's clusters.json (METHOD "file").
     cfg.TEST.MATCHING.FILE = ""
 
     cfg.TEST.LOCALIZATION = CN()

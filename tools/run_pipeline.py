@@ -43,6 +43,7 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils.logger import setup_logger
 
 from avdet2.config_file import load_cfg
+from avdet2.engine.cluster_naming import write_cluster_file
 from avdet2.engine.environment import given_processes, meeting_point, stage_environment
 from avdet2.engine.pipeline import Stage, make_stages, needed, split_opts
 from avdet2.evaluation.build import results_file
@@ -171,6 +172,7 @@ def main(args: argparse.Namespace) -> None:
     run_stages(stages, args, lock, processes)
     if rank > 0:
         return
+    write_cluster_file(stages, output_dir)
     table = write_table(stages, output_dir)
     if table:
         print(f"\n{table}\n* class-agnostic; written to {output_dir}/table.md")

@@ -29,14 +29,11 @@ from avdet2.evaluation.detection.metrics import (
     percent,
     precision_metrics,
 )
-from avdet2.evaluation.naming.cluster_matching import ClusterMatching
+from avdet2.evaluation.naming.cluster_matching import NMS_IOU, ClusterMatching
 
 __all__ = ["SelfSupervisedDetectionEvaluator", "map_clusters"]
 
 logger = logging.getLogger(__name__)
-
-# IoU above which the weaker of two detections of one class goes, once clusters share a class.
-NMS_IOU = 0.5
 
 
 def map_clusters(results: list[dict], mapping: Sequence[int] | np.ndarray) -> list[dict]:

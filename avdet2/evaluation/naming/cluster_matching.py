@@ -13,9 +13,11 @@ import numpy as np
 from avdet2.self_boxes.export import cluster_names
 from avdet2.utils.files import write_whole
 
-__all__ = ["METHODS", "ClusterMatching", "match_clusters"]
+__all__ = ["METHODS", "NMS_IOU", "ClusterMatching", "match_clusters"]
 
 METHODS = ("hungarian", "argmax", "manual", "mshot")
+# IoU above which the weaker of two detections of one class goes, once clusters share a class.
+NMS_IOU = 0.5
 
 
 @dataclass
@@ -27,7 +29,8 @@ class ClusterMatching:
         mapping: K integers; entry k is the class of cluster k, -1 for none.
         counts: integers of shape (K, C), the votes that the mapping was made from: row k counts the
             labels of the clips of cluster k (for "mshot", of its m clips only).
-        method: one of :data:`METHODS`, or "labels" where clusters are labels and none was matched.
+        method: one of :data:`METHODS`, "labels" where clusters are labels and none was matched, or
+            "file" where a person named them.
         class_names: the C names, in the order of the columns of `counts`.
         space: which labels voted, e.g. "representative" (15), "mappable" (39) or "all".
         fine: where clusters were matched with labels that then became classes, that matching.

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.data.clips import label_pairs, training_clips
+from avdet2.evaluation.naming.cluster_file import read_matching
 from avdet2.evaluation.naming.cluster_matching import METHODS, ClusterMatching, match_clusters
 from avdet2.evaluation.naming.label_spaces import LabelSpace, label_space, read_groups
 from avdet2.evaluation.naming.self_labels import cluster_quality
@@ -62,9 +63,9 @@ class ClusterNames:
             if not os.path.isfile(path):
                 raise ValueError(
                     f"TEST.MATCHING.FILE {path!r} is not a file, but METHOD file needs one: the "
-                    "cluster_matching.json that an evaluation wrote"
+                    "cluster_matching.json that an evaluation wrote, or a run's clusters.json"
                 )
-            self._saved = ClusterMatching.from_json(path)
+            self._saved = read_matching(path)
 
     @cached_property
     def training(self) -> tuple[Sequence[dict], list[str]]:
@@ -103,6 +104,15 @@ class ClusterNames:
         DatasetCatalog.get(dataset_name)
         metadata = MetadataCatalog.get(dataset_name)
         return self.match(metadata.thing_classes, metadata.get("label_groups", {}))
+
+    def for_training_labels(self) -> ClusterMatching | None:
+        """
+        Which label of the training clips each cluster stands for, for those who have no test set;
+        None where no clip has a label.
+        """
+        if self._saved or not len(self._labels[0]):
+            return self._saved
+        return self.match(self.training[1], {})
 
     def match(self, class_names: Sequence[str], groups: dict[str, str]) -> ClusterMatching | None:
         """
