@@ -20,9 +20,8 @@ def given_processes(args: argparse.Namespace) -> dict[str, str]:
     """
     torchrun's variables, where torchrun or srun has started this process; else none.
 
-    Args:
-        args: of Detectron2's argument parser. With --num-machines above 1, srun may start one task
-            for each machine, which then starts its own processes.
+    With --num-machines above 1, srun may start one task for each machine, which then starts its own
+    processes.
 
     Raises:
         ValueError: the variables are not complete, or contradict the flags.
@@ -47,9 +46,6 @@ def given_processes(args: argparse.Namespace) -> dict[str, str]:
 def meeting_point(args: argparse.Namespace) -> tuple[str, int]:
     """
     Host and port where processes that are started by flags meet; port 0 is any free one.
-
-    Args:
-        args: of Detectron2's argument parser.
 
     Raises:
         ValueError: --dist-url is no such place, or that of one machine for several.
@@ -104,8 +100,7 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     size = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_STEP_ID" not in environment or size == "1":
         return {}
-    node = environment["SLURM_NODEID"]
-    host = first_host(environment["SLURM_STEP_NODELIST"])
+    node, host = environment["SLURM_NODEID"], first_host(environment["SLURM_STEP_NODELIST"])
     local_sizes = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     # 64 ports for the stages of a pipeline; below those that the system gives away.

@@ -44,7 +44,7 @@ def launch(main: Callable[[argparse.Namespace], Result], args: argparse.Namespac
         args: of Detectron2's argument parser.
 
     Returns:
-        what ``main`` returned in this process; None where processes were started.
+        What ``main`` returned in this process; None where processes were started.
 
     Raises:
         ValueError: the flags do not fit together, or what has started this process, or this
@@ -90,13 +90,19 @@ def _start(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:
             f"--num-gpus is {args.num_gpus}, but there are {torch.cuda.device_count()} GPUs here; "
             "to run without any, add MODEL.DEVICE cpu"
         )
-    store = _open_store(host, port) if args.machine_rank == 0 else None
+    if args.machine_rank == 0:
+        # Here, and not in rank 0: the port is free until the processes meet there.
+        try:
+            store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
+        except dist.DistError as error:
+            raise ValueError(f"--dist-url: cannot listen at {host}:{port} ({error})") from error
+        port = store.port
     variables = {
         "WORLD_SIZE": str(args.num_machines * args.num_gpus),
         "LOCAL_WORLD_SIZE": str(args.num_gpus),
         "GROUP_RANK": str(args.machine_rank),
         "MASTER_ADDR": host,
-        "MASTER_PORT": str(store.port if store else port),
+        "MASTER_PORT": str(port),
         AGENT_STORE: "True",
     }
     first = args.machine_rank * args.num_gpus
@@ -104,38 +110,22 @@ def _start(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:
     _wait(mp.start_processes(_child, words, args.num_gpus, join=False), first)
 
 
-def _open_store(host: str, port: int) -> dist.TCPStore:
-    # Here, and not in rank 0: the port is free until the processes meet there.
-    try:
-        return dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
-    except dist.DistError as error:
-        raise ValueError(f"--dist-url: cannot listen at {host}:{port} ({error})") from error
-
-
 def _wait(context: ProcessContext, first: int) -> None:
     """
-    Wait until all have ended; if one fails, or this process is interrupted, end the others.
-
-    Args:
-        context: the started processes.
-        first: rank of the first one.
-
-    Raises:
-        RuntimeError: a process was ended by a signal.
-        ProcessException: a process failed, with its traceback.
+    Wait until all have ended, the first of them of that rank. If one fails, which is raised, or
+    this process is interrupted, the others are ended.
     """
     killed: list[str] = []
     try:
         while context.sentinels:
-            for sentinel in wait(list(context.sentinels)):
-                context.processes[context.sentinels[sentinel]].join()
             # Looked at before the others are ended too.
-            codes = [process.exitcode or 0 for process in context.processes]
-            killed = [
-                f"rank {first + i} was ended by {signal.Signals(-code).name}"
-                for i, code in enumerate(codes)
-                if code < 0
-            ]
+            for sentinel in wait(list(context.sentinels)):
+                i = context.sentinels[sentinel]
+                process = context.processes[i]
+                process.join()
+                if process.exitcode < 0:
+                    name = signal.Signals(-process.exitcode).name
+                    killed.append(f"rank {first + i} was ended by {name}")
             context.join()
     except ProcessException as error:
         if not killed:
@@ -209,11 +199,8 @@ def _use_gpu(local_rank: int) -> None:
 def _make_local_groups(timeout: timedelta) -> None:
     """
     Tell Detectron2 which processes share a machine, whose numbers of processes may differ.
-
-    Args:
-        timeout: of these groups, and of the group in which Detectron2 gathers Python objects.
     """
-    # Detectron2 makes that group, where there is NCCL, with PyTorch's own 30 minutes.
+    # In this group it gathers Python objects, where there is NCCL, by PyTorch's own 30 minutes.
     dist.distributed_c10d._set_pg_timeout(timeout, comm._get_global_gloo_group())
     # Without GROUP_RANK, ranks go through one machine after the other.
     first_rank = dist.get_rank() - int(os.environ["LOCAL_RANK"])
@@ -228,7 +215,7 @@ def _make_local_groups(timeout: timedelta) -> None:
 
 def _explanation(error: RuntimeError, seconds: float) -> str:
     """
-    What went wrong between the processes, for the user; "" if the error is none of that kind.
+    What went wrong between the processes; "" if the error is none of that kind.
     """
     text = str(error)
     if "EADDRINUSE" in text:
