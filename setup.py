@@ -34,7 +34,8 @@ INSTALL_REQUIRES = [
     # other sides.
     "opencv-python-headless>=4.10",
     "Pillow>=9.5",
-    "pyarrow>=14",
+    # Before, a file of its own format could run code (CVE-2023-47248).
+    "pyarrow>=14.0.1",
     "pycocotools>=2.0.6",
     "PyYAML>=6.0",
     "scikit-learn>=1.2",

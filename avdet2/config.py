@@ -17,6 +17,7 @@ def add_avdet2_config(cfg: CN) -> None:
         cfg: the node that :func:`detectron2.config.get_cfg` returns.
     """
     _add_data(cfg)
+    _add_weights(cfg)
     _add_localizer(cfg)
     _add_simclr(cfg)
     _add_spectrogram(cfg)
@@ -66,6 +67,13 @@ def _add_data(cfg: CN) -> None:
     cfg.INPUT.VIEWS.JITTER_PROB = 0.8
     cfg.INPUT.VIEWS.GRAYSCALE_PROB = 0.2
     cfg.INPUT.VIEWS.BLUR_PROB = 0.5
+
+
+def _add_weights(cfg: CN) -> None:
+    # Pickles in MODEL.WEIGHTS (and in DATASETS.PROPOSAL_FILES_*) may hold any object, as in stock
+    # Detectron2, and run whatever code whoever wrote the file put there. Only the command line can
+    # set it: a config file from elsewhere cannot. False: only tensors, arrays and basic types.
+    cfg.MODEL.TRUST_PICKLES = False
 
 
 def _add_localizer(cfg: CN) -> None:

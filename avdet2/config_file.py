@@ -35,6 +35,9 @@ def load_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
     add_avdet2_config(cfg)
     if config_file:
         _merge_file(cfg, config_file)
+    if cfg.MODEL.TRUST_PICKLES:
+        logger.warning(f"{config_file}: MODEL.TRUST_PICKLES only counts on the command line")
+        cfg.MODEL.TRUST_PICKLES = False
     opts = opts or []
     if len(opts) % 2:
         raise ValueError(f"options are KEY VALUE pairs, but there are {len(opts)} words: {opts}")

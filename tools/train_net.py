@@ -27,11 +27,11 @@ DISTRIBUTED.TIMEOUT seconds ends the run.
 import argparse
 import os
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
+from avdet2.checkpoint.checkpointer import AVCheckpointer
 from avdet2.engine import AVTrainer, setup
 from avdet2.engine.launch import launch
 
@@ -43,9 +43,8 @@ def main(args: argparse.Namespace) -> dict | None:
     cfg = setup(args)
     if args.eval_only:
         model = AVTrainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
+        checkpointer = AVCheckpointer(model, cfg.OUTPUT_DIR, trust_pickles=cfg.MODEL.TRUST_PICKLES)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = AVTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

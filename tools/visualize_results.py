@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
+from avdet2.checkpoint.checkpointer import AVCheckpointer
 from avdet2.data.clips import training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError
@@ -96,7 +96,7 @@ def draw_heatmaps(stage: Path, path: Path, count: int) -> None:
     clips, _ = training_clips(cfg.DATASETS.TRAIN)
     mapper = AVMapper(cfg, "full")
     model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    AVCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     names = class_names(stage, cfg, cfg.MODEL.LOCALIZER.NUM_CLUSTERS)
     images, titles = [], []
     for clip, frame in tqdm(readable(clips, mapper, count), "heatmaps", count):
@@ -131,7 +131,10 @@ def draw_detections(stage: Path, path: Path, count: int, score: float) -> None:
     Test images with the detections above a score.
     """
     cfg = stage_cfg(stage)
+    # Detectron2's predictor would load them with its own checkpointer.
+    weights, cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS, ""
     predictor = DefaultPredictor(cfg)
+    AVCheckpointer(predictor.model).load(weights)
     names = class_names(stage, cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     images, titles = [], []
     for image, title, truth, silent in tqdm(pictures(cfg, count), "detections", count):

@@ -6,9 +6,11 @@ Checkpoints, of which nothing is executed.
 import logging
 import os
 import pickle
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,7 +206,22 @@ def _reason(error: Exception) -> str:
     return "" if text.startswith("Weights only load failed") else text
 
 
-def load_file(path: str, left_out: Sequence[str] = (), mapped: bool = True) -> Mapping[str, Any]:
+def load_checkpoint(path: str, mapped: bool = True, trusted: bool = False) -> Mapping[str, Any]:
+    """
+    The same as :func:`load_file`, for files that hold nothing but tensors and basic types.
+
+    Raises:
+        ValueError: it holds anything else, or cannot be read.
+    """
+    try:
+        return load_file(path, mapped=mapped, trusted=trusted)
+    except pickle.UnpicklingError as error:
+        raise ValueError(_refusal(path, error)) from error
+
+
+def load_file(
+    path: str, left_out: Sequence[str] = (), mapped: bool = True, trusted: bool = False
+) -> Mapping[str, Any]:
     """
     The content of a PyTorch file, or of a pickle of arrays (.pkl) as in Detectron2's model zoo.
 
@@ -212,6 +229,7 @@ def load_file(path: str, left_out: Sequence[str] = (), mapped: bool = True) -> M
         path: of the file, or an address that Detectron2 knows.
         left_out: names of types in a PyTorch file whose objects are replaced by placeholders.
         mapped: map the tensors of a PyTorch file: who only looks at shapes reads none of them.
+        trusted: make objects of any type, which runs whatever code the file asks for.
 
     Raises:
         pickle.UnpicklingError: it holds objects of other types, or is no such file.
@@ -220,16 +238,23 @@ def load_file(path: str, left_out: Sequence[str] = (), mapped: bool = True) -> M
     path = PathManager.get_local_path(path)
     if not os.path.isfile(path):
         raise ValueError(f"{path} is not a file")
+    # PyTorch before 2.6 unpacks these even with weights_only, over any file (CVE-2025-32434).
+    if tarfile.is_tarfile(path) and not trusted:
+        raise pickle.UnpicklingError("it is a tar file")
     # Files of old versions of PyTorch are no zip files, and cannot be mapped.
     is_zip = zipfile.is_zipfile(path)
+    # PyTorch before 2.6 leaves no type out, and before 2.5 has no such function.
+    allowed = [(_LeftOut, name) for name in left_out]
+    context = torch.serialization.safe_globals(allowed) if allowed else nullcontext()
     try:
         if path.endswith(".pkl") and not is_zip:
+            unpickler = pickle.Unpickler if trusted else _ArrayUnpickler
             with open(path, "rb") as f:
-                content = _ArrayUnpickler(f, encoding="latin1").load()
+                content = unpickler(f, encoding="latin1").load()
         else:
-            with torch.serialization.safe_globals([(_LeftOut, name) for name in left_out]):
+            with context:
                 content = torch.load(
-                    path, map_location="cpu", weights_only=True, mmap=mapped and is_zip
+                    path, map_location="cpu", weights_only=not trusted, mmap=mapped and is_zip
                 )
     except pickle.UnpicklingError:
         raise
@@ -274,18 +299,19 @@ class Weights(NamedTuple):
     is_caffe2: bool
 
 
-def load_weights(weights: str) -> Weights:
+def load_weights(weights: str, trusted: bool = False) -> Weights:
     """
-    The model's part of a checkpoint of Detectron2, loaded without executing anything in the file.
+    The model's part of a checkpoint of Detectron2.
 
     Args:
         weights: path of a .pth file, whose tensors are mapped, or of a .pkl file of arrays.
+        trusted: see :func:`load_file`. By default nothing in the file is executed.
 
     Raises:
         ValueError: it cannot be loaded, or is somebody else's checkpoint.
     """
     try:
-        content = load_file(weights)
+        content = load_file(weights, trusted=trusted)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{_refusal(weights, error)}. {CONVERT}") from error
     state, is_pickle = content.get("model", content), weights.endswith(".pkl")

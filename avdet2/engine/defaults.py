@@ -62,6 +62,11 @@ def _check(cfg: CfgNode, eval_only: bool) -> None:
             "there are no training clips: set DATASETS.VIDEOS (a folder of videos or a clip list) "
             "or DATASETS.TRAIN (registered data sets)"
         )
+    if cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.TRUST_PICKLES:
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS reads DATASETS.PROPOSAL_FILES_*, which are pickles and may run any "
+            "code: if you trust whoever wrote them, add MODEL.TRUST_PICKLES True to the command line"
+        )
     device = torch.device(cfg.MODEL.DEVICE).type
     if cfg.SOLVER.AMP.ENABLED and not eval_only:
         check_precision(cfg.SOLVER.AMP.PRECISION, device)

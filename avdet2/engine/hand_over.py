@@ -22,12 +22,13 @@ _T = TypeVar("_T")
 TRUNKS = ("visual_encoder.bottom_up.", "visual_encoder.", "backbone.bottom_up.", "backbone.")
 
 
-def open_weights(path: str) -> Weights | None:
+def open_weights(path: str, trusted: bool = False) -> Weights | None:
     """
     A checkpoint that a model is to start from, so that it can be looked at before.
 
     Args:
         path: MODEL.WEIGHTS.
+        trusted: MODEL.TRUST_PICKLES.
 
     Returns:
         Weights: None where Detectron2's checkpointer does more than load tensors by name (files of
@@ -39,7 +40,7 @@ def open_weights(path: str) -> Weights | None:
     # An address of a .pkl is Detectron2's model zoo.
     if not (path.endswith(".pth") or (path.endswith(".pkl") and os.path.isfile(path))):
         return None
-    weights = load_weights(path)
+    weights = load_weights(path, trusted)
     return None if weights.is_caffe2 else weights
 
 

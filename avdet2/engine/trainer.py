@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from avdet2.checkpoint.checkpointer import AVCheckpointer
 from avdet2.data.loaders import batch_per_process
 from avdet2.engine.defaults import resolve_epochs
 from avdet2.engine.optimizer import build_optimizer
@@ -61,7 +61,9 @@ class AVTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         # A proxy, as the checkpointer is the trainer's own.
         owner = weakref.proxy(self)
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=owner)
+        self.checkpointer = AVCheckpointer(
+            model, cfg.OUTPUT_DIR, trust_pickles=cfg.MODEL.TRUST_PICKLES, trainer=owner
+        )
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from detectron2.utils.file_io import PathManager
 
+from avdet2.checkpoint.reading import load_checkpoint
 from avdet2.modeling.self_box import threshold
 from avdet2.structures.batch import Batch
 from avdet2.utils.files import write_whole
@@ -112,11 +113,10 @@ def load_dictionary(path: str, embed_dim: int) -> torch.Tensor:
             f"MODEL.LOCALIZER.OBJECT_DICTIONARY {path!r} is not a file: write it with "
             "tools/build_object_dictionary.py"
         )
-    with PathManager.open(path, "rb") as f:
-        content = torch.load(f, map_location="cpu", weights_only=True)
-    objects = content.get("objects") if isinstance(content, dict) else None
-    if objects is None or objects.ndim != 2 or objects.shape[1] != embed_dim:
-        found = "something else" if objects is None else f"entries of shape {tuple(objects.shape)}"
+    objects = load_checkpoint(path, mapped=False).get("objects")
+    if not isinstance(objects, torch.Tensor) or objects.ndim != 2 or objects.shape[1] != embed_dim:
+        shape = getattr(objects, "shape", None)
+        found = "something else" if shape is None else f"entries of shape {tuple(shape)}"
         raise ValueError(
             f"MODEL.LOCALIZER.OBJECT_DICTIONARY {path} holds {found}, not vectors of this "
             f"localizer's embedding, whose length is {embed_dim}"

@@ -235,7 +235,7 @@ def test_a_checkpoint_is_opened_once(trained, tmp_path, monkeypatch, weights):
     opened = []
     monkeypatch.setattr(
         "avdet2.engine.hand_over.load_weights",
-        lambda path: opened.append(path) or load_weights(path),
+        lambda path, *trusted: opened.append(path) or load_weights(path, *trusted),
     )
     check_hand_over(trained, paths[weights], encoder if weights else "")
     assert opened == {"whole": [paths["whole"]], "encoder": [encoder], "": []}[weights]

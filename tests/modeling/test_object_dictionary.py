@@ -121,7 +121,7 @@ def test_files(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
         load_dictionary(str(tmp_path / "no.pth"), 4)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(ValueError, match="a list, not a dict of tensors"):
         load_dictionary(path, 4)
 
 

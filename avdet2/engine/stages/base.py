@@ -83,7 +83,7 @@ class StageKind:
             ValueError: weights are missing, or those of another network.
         """
         first, *others = self.starts()
-        weights = open_weights(first.weights)
+        weights = open_weights(first.weights, self.cfg.MODEL.TRUST_PICKLES)
         if weights is not None:
             check_backbone(model, weights)
         for start in others:

@@ -59,7 +59,7 @@ class LocalizerStage(StageKind):
 
     def hand_over(self, model: AVLocalizer) -> None:
         first, *others = self.starts()
-        weights = open_weights(first.weights)
+        weights = open_weights(first.weights, self.cfg.MODEL.TRUST_PICKLES)
         is_whole = weights is not None and any(key.startswith("loc_v.") for key in weights.state)
         if is_whole:
             check_whole(model, weights._replace(state=current_names(weights.state)))

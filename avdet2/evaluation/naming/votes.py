@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from avdet2.checkpoint.reading import load_checkpoint
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.modeling.heads import joint_cluster
 from avdet2.modeling.meta_arch import AVLocalizer
@@ -131,10 +132,7 @@ def frozen_votes(cfg: CfgNode, clips: Sequence[dict]) -> ClusterVotes:
     names = hashlib.sha256("\n".join(cfg.DATASETS.TRAIN).encode()).hexdigest()
     cache, is_main = f"{weights}.votes-{names[:16]}", comm.is_main_process()
     key = _state_of(weights, clips) if is_main else ""
-    votes = None
-    if is_main and os.path.isfile(cache):
-        kept = torch.load(cache, weights_only=True)
-        votes = ClusterVotes(**kept) if kept.pop("key") == key else None
+    votes = _read_votes(cache, key) if is_main and os.path.isfile(cache) else None
     # All do as the main process does: the file may come into being between two processes' looks.
     votes = of_main_process(votes)
     if votes is not None:
@@ -150,6 +148,18 @@ def frozen_votes(cfg: CfgNode, clips: Sequence[dict]) -> ClusterVotes:
         except (OSError, RuntimeError) as error:
             logger.warning(f"the votes are not kept for the next evaluation: {error}")
     return votes
+
+
+def _read_votes(cache: str, key: str) -> ClusterVotes | None:
+    """
+    The votes in a file, if they are of this key.
+    """
+    try:
+        kept = dict(load_checkpoint(cache, mapped=False))
+        return ClusterVotes(**kept) if kept.pop("key", None) == key else None
+    except (TypeError, ValueError) as error:
+        logger.warning(f"the votes are counted anew: {error}")
+        return None
 
 
 def _warn_if_older(detector: str, localizer: str) -> None:

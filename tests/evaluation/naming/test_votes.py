@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cluster_votes import make_votes, table_of
+from evil_files import evil_file
 
 from detectron2.modeling import build_model
 
@@ -134,6 +135,25 @@ def test_votes_that_cannot_be_kept_are_still_votes(frozen, tmp_path, caplog):
     cache.mkdir()
     assert frozen_votes(cfg, CLIPS).clusters.tolist() == [0, 1, 2]
     assert calls == [3, 3] and "not kept for the next evaluation" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["half", "evil.pth", "evil.pkl", {"a": 1}, [1]])
+def test_a_file_of_votes_that_is_none_is_replaced(frozen, tmp_path, caplog, content):
+    cfg, calls = frozen
+    frozen_votes(cfg, CLIPS)
+    (cache,) = tmp_path.glob("*.votes-*")
+    made = tmp_path / "made"
+    if content == "half":
+        cache.write_bytes(cache.read_bytes()[:1000])
+    elif isinstance(content, str):
+        path, made = evil_file(content, tmp_path)
+        os.replace(path, cache)
+    else:
+        torch.save(content, cache)
+    for _ in range(2):
+        assert frozen_votes(cfg, CLIPS).clusters.tolist() == [0, 1, 2]
+    assert calls == [3, 3] and not made.exists()
+    assert ("counted anew" in caplog.text) == (content != {"a": 1})
 
 
 @pytest.mark.parametrize(

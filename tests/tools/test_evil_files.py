@@ -1,0 +1,112 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+No tool executes anything in a file of weights that it is given.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from evil_files import evil_file
+
+from avdet2.engine import load_cfg
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "quick_schedules"
+
+
+@pytest.fixture(scope="module")
+def config(tiny_datasets, tmp_path_factory) -> str:
+    """
+    The config.yaml of a localizer.
+    """
+    folder = tmp_path_factory.mktemp("run")
+    clips = tiny_datasets / "synthetic_av" / "train.csv"
+    opts = ["DATASETS.VIDEOS", str(clips), "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"]
+    opts += ["MODEL.LOCALIZER.NUM_CLUSTERS", "3", "MODEL.WEIGHTS", "", "SOLVER.MAX_ITER", "1"]
+    opts += ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(folder)]
+    cfg = load_cfg(str(CONFIGS / "synthetic_joint.yaml"), opts)
+    (folder / "config.yaml").write_text(cfg.dump())
+    return str(folder / "config.yaml")
+
+
+def run(monkeypatch, tool: str, *words: str) -> None:
+    """
+    A tool, as from the command line.
+    """
+    monkeypatch.setattr(sys, "argv", [tool, *words])
+    runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+
+
+TOOLS = {
+    "train_net.py": ["--eval-only"],
+    "export_self_boxes.py": ["--output", "{folder}/out"],
+    "build_object_dictionary.py": ["--output", "{folder}/out.pth"],
+    "cache_heatmaps.py": ["--output", "{folder}/out", "--prepared", "{folder}"],
+    "probe_features.py": ["--output", "{folder}/out"],
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_weights_of_a_tool(tool, config, tmp_path, monkeypatch):
+    weights, made = evil_file("evil.pkl", tmp_path)
+    words = [word.format(folder=tmp_path) for word in TOOLS[tool]]
+    opts = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path)]
+    with pytest.raises(ValueError, match="evil.pkl .*not executed"):
+        run(monkeypatch, tool, "--config-file", config, *words, *opts)
+    assert not made.exists()
+
+
+KEYS = ("MODEL.WEIGHTS", "MODEL.LOCALIZER.BACKBONE_WEIGHTS", "MODEL.LOCALIZER.OBJECT_DICTIONARY")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_weights_of_a_training(key, config, tmp_path, monkeypatch):
+    weights, made = evil_file("evil.pkl", tmp_path)
+    opts = [key, weights, "OUTPUT_DIR", str(tmp_path)]
+    with pytest.raises(ValueError, match="evil.pkl .*not executed"):
+        run(monkeypatch, "train_net.py", "--config-file", config, *opts)
+    assert not made.exists()
+
+
+def test_the_checkpoint_that_a_training_goes_on_from(config, tmp_path, monkeypatch):
+    _, made = evil_file("evil.pkl", tmp_path)
+    (tmp_path / "last_checkpoint").write_text("evil.pkl")
+    with pytest.raises(ValueError, match="evil.pkl .*not executed"):
+        words = ["--config-file", config, "--resume", "OUTPUT_DIR", str(tmp_path)]
+        run(monkeypatch, "train_net.py", *words)
+    assert not made.exists()
+
+
+def test_the_localizer_of_a_detector(config, tmp_path, monkeypatch):
+    weights, made = evil_file("evil.pth", tmp_path)
+    opts = ["MODEL.SELF_BOX.LOCALIZER_CONFIG", config, "MODEL.SELF_BOX.LOCALIZER_WEIGHTS", weights]
+    opts += ["DATASETS.VIDEOS", load_cfg(config).DATASETS.VIDEOS, "MODEL.WEIGHTS", ""]
+    opts += ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]
+    with pytest.raises(ValueError, match="evil.pth .*not executed"):
+        warmup = str(CONFIGS / "synthetic_warmup.yaml")
+        run(monkeypatch, "train_net.py", "--config-file", warmup, *opts)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("stage", ["localizer_joint", "detector"])
+def test_the_stages_that_are_drawn(stage, config, tmp_path, monkeypatch):
+    weights, made = evil_file("evil.pth", tmp_path)
+    source = config if stage == "localizer_joint" else str(CONFIGS / "synthetic_detector.yaml")
+    cfg = load_cfg(source, ["DATASETS.VIDEOS", load_cfg(config).DATASETS.VIDEOS])
+    (tmp_path / stage).mkdir()
+    (tmp_path / stage / "config.yaml").write_text(cfg.dump())
+    Path(weights).rename(tmp_path / stage / "model_final.pth")
+    with pytest.raises(ValueError, match="model_final.pth .*not executed"):
+        run(monkeypatch, "visualize_results.py", "--run", str(tmp_path))
+    assert not made.exists()
+
+
+def test_proposals_are_pickles(config, tmp_path, monkeypatch):
+    proposals, made = evil_file("evil.pkl", tmp_path)
+    opts = ["MODEL.LOAD_PROPOSALS", "True", "DATASETS.PROPOSAL_FILES_TRAIN", f"('{proposals}',)"]
+    with pytest.raises(ValueError, match="LOAD_PROPOSALS .*MODEL.TRUST_PICKLES True"):
+        words = ["--config-file", config, *opts, "OUTPUT_DIR", str(tmp_path)]
+        run(monkeypatch, "train_net.py", *words)
+    assert not made.exists()
