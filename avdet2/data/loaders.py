@@ -3,6 +3,7 @@
 Training loaders whose start and steps cost the same for a thousand clips and for millions.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, TrainingSample
 from detectron2.utils import comm
 
 from avdet2.structures.batch import PairBatch
+
+logger = logging.getLogger(__name__)
 
 
 class ClipOrderSampler(TrainingSampler):
@@ -105,13 +108,22 @@ def build_pair_loader(
     cfg: CfgNode, clips: Sequence[dict], mapper: Callable[[dict], dict | None]
 ) -> DataLoader:
     """
-    An endless loader of :class:`PairBatch`, in pinned memory where the model is on a GPU.
+    An endless loader of :class:`PairBatch`, in pinned memory where the model is on a GPU, for models
+    that learn to tell the clips of a batch apart. It warns where a batch has more clips than there
+    are.
 
     Args:
         cfg: SOLVER.IMS_PER_BATCH, DATALOADER and MODEL.DEVICE are read.
         clips: the training set.
         mapper: AVMapper or FrameMapper.
     """
+    if len(clips) < cfg.SOLVER.IMS_PER_BATCH:
+        logger.warning(
+            f"there are {len(clips)} training clips, but SOLVER.IMS_PER_BATCH is "
+            f"{cfg.SOLVER.IMS_PER_BATCH}: every batch has a clip more than once, and the objective "
+            "pushes the copies apart, as they are negatives of each other. Set "
+            f"SOLVER.IMS_PER_BATCH to {len(clips)} or less, or give more (shorter) clips"
+        )
     dataset = MappedClips(clips, mapper)
     return DataLoader(
         ToIterableDataset(dataset, build_sampler(cfg, len(dataset))),

@@ -7,13 +7,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 
 from avdet2.config_file import flat_items, load_cfg
 from avdet2.engine.defaults import use_own_videos
-from avdet2.engine.stage_list import listed_stages
 from avdet2.engine.stages import FINAL, stage_kind
 from avdet2.engine.stages.base import WEIGHTS
 from avdet2.engine.stages.self_box_detector import LOCALIZER_CONFIG, LOCALIZER_WEIGHTS
@@ -147,25 +147,19 @@ class Stage:
 
     def command(self, train_net: str, args: argparse.Namespace) -> list[str]:
         """
-        The command line of this stage.
-
-        Args:
-            train_net: path of tools/train_net.py.
-            args: of Detectron2's argument parser.
+        The command line of this stage, for the path of tools/train_net.py and Detectron2's flags.
         """
         words = [sys.executable, train_net, "--config-file", self.config_file]
         words += ["--num-gpus", str(args.num_gpus), "--num-machines", str(args.num_machines)]
-        words += ["--machine-rank", str(args.machine_rank), "--dist-url", self._dist_url(args)]
+        # The stage before may still run on another machine, at its own port.
+        url = args.dist_url
+        host, colon, port = url.rpartition(":")
+        if args.num_machines > 1 and port.isdecimal():
+            url = f"{host}{colon}{int(port) + self._number}"
+        words += ["--machine-rank", str(args.machine_rank), "--dist-url", url]
         trained = not self.eval_only and self.is_trained()
         words.append("--eval-only" if self.eval_only or trained else "--resume")
         return words + self.opts + ([WEIGHTS, self.weights] if trained else [])
-
-    def _dist_url(self, args: argparse.Namespace) -> str:
-        # The stage before may still run on another machine, at its own port.
-        host, colon, port = args.dist_url.rpartition(":")
-        if args.num_machines == 1 or not port.isdecimal():
-            return args.dist_url
-        return f"{host}{colon}{int(port) + self._number}"
 
     def _check_weights(self) -> None:
         weights = self.cfg.MODEL.WEIGHTS
@@ -181,11 +175,7 @@ class Stage:
 
 def needed(stages: list[Stage], names: Sequence[str]) -> list[Stage]:
     """
-    The stages of these names and all that they are linked to, in order.
-
-    Args:
-        stages: of :func:`make_stages`.
-        names: of the wanted ones; none: all.
+    The stages of these names (none: all) and all that they are linked to, in order.
 
     Raises:
         ValueError: there is no stage of such a name.
@@ -233,7 +223,7 @@ def make_stages(config_file: str, opts: list[str]) -> list[Stage]:
     listed = listed_stages(cfg.PIPELINE)
     own_opts = [str(word) for pair in cfg.PIPELINE.OPTIONS for word in pair]
     shared, special = split_opts([*own_opts, *opts])
-    names = [stage.name for stage in listed]
+    names = [name for name, _, _ in listed]
     unknown = set(special) - set(names)
     if unknown:
         raise ValueError(f"there is no stage {sorted(unknown)}, only {', '.join(names)}")
@@ -245,6 +235,48 @@ def make_stages(config_file: str, opts: list[str]) -> list[Stage]:
     return stages
 
 
+def listed_stages(node: CfgNode) -> list[tuple[str, str, list[str]]]:
+    """
+    The stages of a pipeline, in order: name, config file (relative to the pipeline's own), and
+    KEY VALUE words.
+
+    An older config has the names in STAGES, the files in CONFIGS at the same positions, and
+    STAGE:KEY in OPTIONS.
+
+    Args:
+        node: PIPELINE of the config.
+
+    Raises:
+        ValueError: there is no stage, two have one name, or one is not a mapping of NAME, CONFIG
+            and OPTIONS.
+    """
+    stages, configs = list(node.STAGES), list(node.CONFIGS)
+    if all(isinstance(stage, str) for stage in stages):
+        if not stages or len(stages) != len(configs):
+            raise ValueError(
+                f"this is no pipeline: it names {len(stages)} PIPELINE.STAGES and {len(configs)} "
+                "PIPELINE.CONFIGS"
+            )
+        return [(name, config, []) for name, config in zip(stages, configs)]
+    if configs:
+        raise ValueError("PIPELINE.STAGES has a CONFIG for each stage: leave out PIPELINE.CONFIGS")
+    found = [_listed(stage) for stage in stages]
+    names = [name for name, _, _ in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"PIPELINE.STAGES has two stages of one NAME: {', '.join(names)}")
+    return found
+
+
+def _listed(stage: Any) -> tuple[str, str, list[str]]:
+    keys = {"NAME", "CONFIG", "OPTIONS"}
+    if not (isinstance(stage, Mapping) and {"NAME", "CONFIG"} <= set(stage) <= keys):
+        raise ValueError(
+            f"PIPELINE.STAGES: a stage is a mapping of NAME, CONFIG and maybe OPTIONS, not {stage}"
+        )
+    opts = [str(word) for pair in (stage.get("OPTIONS") or {}).items() for word in pair]
+    return stage["NAME"], stage["CONFIG"], opts
+
+
 def _comparable(cfg: CfgNode) -> dict[str, str]:
     """
     What a stage's result depends on, by key.
@@ -252,21 +284,16 @@ def _comparable(cfg: CfgNode) -> dict[str, str]:
     values = dict(flat_items(cfg))
     root = os.path.dirname(os.path.abspath(cfg.OUTPUT_DIR))
     for key in (LOCALIZER_CONFIG, LOCALIZER_WEIGHTS, BACKBONE_WEIGHTS, WEIGHTS):
-        path = os.path.abspath(values[key])
-        # Else the current folder.
-        if not values[key]:
-            continue
+        # That of "" is the current folder.
+        path = os.path.abspath(values[key]) if values[key] else ""
+        folder, name = os.path.split(path)
         # The same after the whole pipeline has been moved.
         if path.startswith(root + os.sep):
             values[key] = os.path.relpath(path, root)
-        # Weights from elsewhere are read once, and may have been moved or deleted since.
+        # Weights from elsewhere are read once, and may have been moved or deleted since. Those of a
+        # run are told apart by its folder, as every run gives them the same name.
         elif key in (WEIGHTS, BACKBONE_WEIGHTS):
-            values[key] = _file_name(path)
+            is_run = name == FINAL
+            values[key] = os.path.join(os.path.basename(folder), name) if is_run else name
     # Lists and tuples are the same.
     return {k: json.dumps(value) for k, value in values.items() if not k.startswith(FREE)}
-
-
-def _file_name(path: str) -> str:
-    # Every run gives its weights the same name.
-    folder, name = os.path.split(path)
-    return os.path.join(os.path.basename(folder), name) if name == FINAL else name

@@ -25,7 +25,8 @@ WEIGHTS = "MODEL.WEIGHTS"
 class StageKind:
     """
     One stage, as its kind sees it. This class is the kind of all stock Detectron2 models; every
-    other kind is a subclass that says what it does differently.
+    other kind is a subclass that says what it does differently. The models that methods are given
+    are not wrapped in DDP.
 
     Attributes:
         cfg: the config of the stage.
@@ -49,11 +50,7 @@ class StageKind:
     @classmethod
     def fits(cls, cfg: CfgNode, model_class: type[nn.Module]) -> bool:
         """
-        Whether a config is one of this kind.
-
-        Args:
-            cfg: of a stage.
-            model_class: its meta-architecture.
+        Whether a config, whose meta-architecture is given, is one of this kind.
         """
         return True
 
@@ -76,9 +73,6 @@ class StageKind:
         Check that MODEL.WEIGHTS fit, and start the backbone from another model's. Both happen
         before a new training loads MODEL.WEIGHTS.
 
-        Args:
-            model: of the stage, not wrapped in DDP; written to.
-
         Raises:
             ValueError: weights are missing, or those of another network.
         """
@@ -93,21 +87,15 @@ class StageKind:
 
     def finish_model(self, model: nn.Module) -> None:
         """
-        What is done to a model once it is built, in place.
+        What is done to a model, in place, once it is built.
         """
 
     def build_train_loader(self) -> DataLoader:
-        """
-        The loader for the mapper of this kind.
-        """
         return build_detection_train_loader(self.cfg)
 
     def build_hooks(self, model: nn.Module) -> list[HookBase]:
         """
         Hooks that change what a checkpoint holds: they run before that of the same iteration.
-
-        Args:
-            model: of the stage, not wrapped in DDP.
         """
         return []
 
@@ -121,17 +109,11 @@ class StageKind:
         return self.cfg.INPUT.MIN_SIZE_TRAIN[0]
 
     def build_test_loader(self, dataset_name: str) -> Iterable[list[dict]]:
-        """
-        The loader of a registered test set.
-        """
         return build_detection_test_loader(self.cfg, dataset_name)
 
     def class_names(self, model: nn.Module) -> ClusterNames:
         """
         What the classes that it predicts are called.
-
-        Args:
-            model: of the stage, not wrapped in DDP.
 
         Raises:
             ValueError: TEST.MATCHING is wrong.
@@ -143,33 +125,27 @@ class StageKind:
     @property
     def weights(self) -> str:
         """
-        Path of what its training ends with.
+        The file that its training ends with.
         """
         return os.path.join(self.cfg.OUTPUT_DIR, FINAL)
 
     def links(self, before: Sequence["StageKind"]) -> list[str]:
         """
-        KEY VALUE pairs by which it takes what it needs from the stages before it.
-
-        Args:
-            before: the stages before it, in order. ``cfg`` is as it is without the pairs.
+        KEY VALUE pairs by which it takes what it needs from the stages before it, given in order.
         """
         return []
 
     def check_links(self, linked: dict[str, str]) -> None:
         """
         Args:
-            linked: what :meth:`links` gave. ``cfg`` has the stage's own options over it.
+            linked: what :meth:`links` gave.
 
         Raises:
-            ValueError: the stage's own options contradict it.
+            ValueError: the stage's own options, which ``cfg`` has over it, contradict it.
         """
 
 
 def offering(before: Sequence[StageKind], what: str) -> list[StageKind]:
-    """
-    Those of the stages that offer it.
-    """
     return [stage for stage in before if stage.offers == what]
 
 

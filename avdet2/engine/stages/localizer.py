@@ -18,10 +18,11 @@ from detectron2.engine import HookBase
 
 from avdet2.checkpoint.pixel_settings import BACKBONES, Start
 from avdet2.data import AVMapper
+from avdet2.data.clips import training_clips
+from avdet2.data.loaders import build_pair_loader
 from avdet2.engine.hand_over import check_backbone, check_whole, init_backbone, open_weights
 from avdet2.engine.hooks import SelfLabelHook
 from avdet2.engine.stages.base import FINAL, WEIGHTS, StageKind, last_weights, offering
-from avdet2.engine.stages.contrast import build_contrast_loader
 from avdet2.evaluation.naming.cluster_names import ClusterNames
 from avdet2.evaluation.naming.votes import collect_votes
 from avdet2.modeling.meta_arch import AVLocalizer
@@ -76,7 +77,8 @@ class LocalizerStage(StageKind):
             model.compile_encoders()
 
     def build_train_loader(self) -> DataLoader:
-        return build_contrast_loader(self.cfg, AVMapper(self.cfg, "random"))
+        clips, _ = training_clips(self.cfg.DATASETS.TRAIN)
+        return build_pair_loader(self.cfg, clips, AVMapper(self.cfg, "random"))
 
     def build_hooks(self, model: AVLocalizer) -> list[HookBase]:
         return [SelfLabelHook(self.cfg, model)] if model.has_clusters else []

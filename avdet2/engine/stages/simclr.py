@@ -10,8 +10,9 @@ from detectron2.config import CfgNode
 
 from avdet2.checkpoint.pixel_settings import Start
 from avdet2.data import FrameMapper
+from avdet2.data.clips import training_clips
+from avdet2.data.loaders import build_pair_loader
 from avdet2.engine.stages.base import StageKind
-from avdet2.engine.stages.contrast import build_contrast_loader
 from avdet2.modeling.meta_arch import SimCLR
 
 
@@ -32,7 +33,8 @@ class SimCLRStage(StageKind):
         return super().starts()[:1]
 
     def build_train_loader(self) -> DataLoader:
-        return build_contrast_loader(self.cfg, FrameMapper(self.cfg))
+        clips, _ = training_clips(self.cfg.DATASETS.TRAIN)
+        return build_pair_loader(self.cfg, clips, FrameMapper(self.cfg))
 
     @property
     def image_size(self) -> int:

@@ -47,5 +47,5 @@ def test_a_kind_of_one_s_own(monkeypatch):
     cfg = load_cfg("", ["INPUT.MAPPER", "MyMapper", "SEED", "5"])
     with pytest.raises(ValueError, match="INPUT.MAPPER must be DatasetMapper .*'MyMapper'"):
         AVTrainer.build_train_loader(cfg)
-    monkeypatch.setattr("avdet2.engine.stages.registry.STAGE_KINDS", [Mine, *STAGE_KINDS])
+    monkeypatch.setattr("avdet2.engine.stages.STAGE_KINDS", [Mine, *STAGE_KINDS])
     assert AVTrainer.build_train_loader(cfg) == [5]

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from avdet2.config_file import load_cfg
-from avdet2.engine.pipeline import make_stages
-from avdet2.engine.stage_list import ListedStage, listed_stages
+from avdet2.engine.pipeline import listed_stages, make_stages
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quick_schedules"
 MAPPINGS = f"""
@@ -70,11 +69,11 @@ def test_a_dumped_config_has_the_same_stages(tmp_path):
     cfg = load_cfg(_written(tmp_path / "a.yaml", MAPPINGS))
     (tmp_path / "dumped.yaml").write_text(cfg.dump())
     again = load_cfg(str(tmp_path / "dumped.yaml"))
-    first, second = listed_stages(again.PIPELINE)
-    assert first == ListedStage("first", f"{CONFIGS}/synthetic_pretrain.yaml", [])
-    assert sorted(second.opts) == sorted(listed_stages(cfg.PIPELINE)[1].opts)
-    place = second.opts.index("MODEL.LOCALIZER.NUM_CLUSTERS")
-    assert second.opts[place + 1] == "8" and len(second.opts) == 6
+    first, (_, _, opts) = listed_stages(again.PIPELINE)
+    assert first == ("first", f"{CONFIGS}/synthetic_pretrain.yaml", [])
+    assert sorted(opts) == sorted(listed_stages(cfg.PIPELINE)[1][2])
+    place = opts.index("MODEL.LOCALIZER.NUM_CLUSTERS")
+    assert opts[place + 1] == "8" and len(opts) == 6
 
 
 @pytest.mark.parametrize(
