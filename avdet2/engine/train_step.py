@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
@@ -32,6 +32,7 @@ class TrainStep(SimpleTrainer):
 
     Attributes:
         max_iter: the last iteration is ``max_iter - 1``; who runs the steps may change it.
+        outer_hooks: of the trainer that runs the steps.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TrainStep(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.metric_period, self.checkpoint_period = metric_period, checkpoint_period
         self.max_iter = max_iter
+        self.outer_hooks: list[HookBase] = []
         self._device, self._dtype = device, PRECISIONS.get(precision)
         self.grad_scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
         # Losses and seconds of loading of the iterations since the last reading.
@@ -107,6 +109,7 @@ class TrainStep(SimpleTrainer):
             losses = {"total_loss": losses}
         self.optimizer.zero_grad()
         self.grad_scaler.scale(sum(losses.values())).backward()
+        self.after_backward()
         self._unseen.append(({key: x.detach() for key, x in losses.items()}, data_time))
         saves = self._saves()
         if saves or (self.iter + 1) % self.metric_period == 0:
@@ -122,6 +125,14 @@ class TrainStep(SimpleTrainer):
                     f"Weights became infinite or NaN at iteration={self.iter}: there is no "
                     "checkpoint of it"
                 )
+
+    def after_backward(self) -> None:
+        """
+        Call the hooks' method of this name, which those of Detectron2's main branch have.
+        """
+        for hook in (*self._hooks, *self.outer_hooks):
+            if hasattr(hook, "after_backward"):
+                hook.after_backward()
 
     def _saves(self) -> bool:
         """

@@ -66,6 +66,7 @@ class AVTrainer(DefaultTrainer):
         )
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
+        self._trainer.outer_hooks = self._hooks
 
     def run_step(self) -> None:
         # The last iteration may have been moved since.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from loading import load_and_report
 from small_localizer import small_cfg
 from torch import nn
 
@@ -151,8 +152,7 @@ class _Checkpointed(NamedTuple):
         """
         What Detectron2 does not find for the trunk.
         """
-        checkpointer = DetectionCheckpointer(self.model)
-        found = checkpointer._load_model(checkpointer._load_file(self.weights))
+        found = load_and_report(self.model, self.weights)
         kept = [name for name in found.missing_keys if "tracked" not in name]
         wrong = [name for name, *_ in found.incorrect_shapes]
         return [name for name in kept + wrong if name.startswith(("backbone", "visual_enc"))]

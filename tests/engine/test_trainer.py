@@ -14,6 +14,7 @@ import torch
 from tiny_runs import CONFIGS, make_cfg, simclr_cfg
 
 from detectron2.data import DatasetCatalog
+from detectron2.engine import HookBase
 
 from avdet2.engine import AVTrainer, SelfLabelHook, load_cfg
 
@@ -157,7 +158,12 @@ def test_a_training_goes_on_in_bf16_and_back(finished_run, tiny_av, tmp_path):
 def test_metrics_of_several_iterations(tiny_av, tmp_path):
     opts = ("MODEL.LOCALIZER.LAMBDA", "1.0", "SOLVER.METRIC_PERIOD", "3", "SOLVER.MAX_ITER", "5")
     trainer = AVTrainer(make_cfg(tiny_av, tmp_path, *opts))
+    seen, hook = [], HookBase()
+    # Detectron2 0.6 has no such method.
+    hook.after_backward = lambda: seen.append(next(trainer.model.parameters()).grad is not None)
+    trainer.register_hooks([hook])
     trainer.train()
+    assert seen == 5 * [True]
     # The third, those of the checkpoints after the second and fourth, and the last.
     looks = [iteration for _, iteration in trainer.storage.history("total_loss").values()]
     assert looks == [1, 2, 3, 4]

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from emulated_gpu import no_waiting
+from loading import load_and_report
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as TF
@@ -195,9 +196,7 @@ def test_a_detector_loads_the_checkpoint(tmp_path):
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
     assert {"backbone.bottom_up.stem.conv1.weight", "head.0.weight"} < state.keys()
     detector = _detector()
-    checkpointer = DetectionCheckpointer(detector)
-    loaded = checkpointer._load_file(str(tmp_path / "model_final.pth"))
-    incompatible = checkpointer._load_model(loaded)
+    incompatible = load_and_report(detector, str(tmp_path / "model_final.pth"))
     assert not [key for key in incompatible.missing_keys if "bottom_up" in key]
     assert all(key.startswith("head.") for key in incompatible.unexpected_keys)
     trunk = model.backbone["bottom_up"].state_dict()

@@ -1,6 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 import pytest
 import torch
+from loading import load_and_report
 from small_localizer import pair_samples, small_cfg
 from torch import nn
 
@@ -74,8 +75,7 @@ def test_checkpoints_of_older_versions(tmp_path, keys):
     frozen, _ = load_localizer(*_paths(tmp_path))
     # As a training goes on, by Detectron2; and as a part of another module, as in DDP.
     other = build_model(cfg)
-    checkpointer = DetectionCheckpointer(other)
-    found = checkpointer._load_model(checkpointer._load_file(str(path)))
+    found = load_and_report(other, str(path))
     assert not (found.missing_keys or found.unexpected_keys or found.incorrect_shapes)
     wrapped = nn.ModuleDict({"module": build_model(cfg)})
     wrapped.load_state_dict({f"module.{name}": value for name, value in old.items()})
