@@ -4,6 +4,7 @@ A batch of mapper outputs as a few large tensors, made in the loader's worker.
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from math import prod
 from typing import Any
 
@@ -15,11 +16,11 @@ class PairBatch:
     """
     Behaves as a list of a mapper's dicts, whose tensors are views into one tensor per key.
 
-    A list of 256 dicts with a frame and a sound each crosses the border between processes as 512
-    shared tensors, each with a descriptor and a message of its own; this as two. Tensors of one
-    shape are stacked; those of different shapes (frames for SimCLR) lie one behind the other.
+    A list of 256 dicts with a frame and a sound each would leave a worker as 512 shared tensors,
+    each with a descriptor and a message; this does as two. Tensors of one shape are stacked; those
+    of different shapes (frames for SimCLR) lie one behind the other.
 
-    It is none of Python's abstract sequences: PyTorch's loader would take it apart to pin it.
+    It is none of Python's abstract sequences, which PyTorch's loader takes apart to pin them.
     """
 
     def __init__(self, samples: Sequence[dict[str, Any]]) -> None:
@@ -36,25 +37,20 @@ class PairBatch:
         # Of those that are not stacked.
         self._shapes: dict[str, list[torch.Size]] = {}
         self._ids: torch.Tensor | None = None
-        for key, value in samples[0].items():
-            if isinstance(value, torch.Tensor):
-                self._add(key, [sample[key] for sample in samples])
-
-    def _add(self, key: str, tensors: list[torch.Tensor]) -> None:
-        if len({x.shape for x in tensors}) == 1:
-            # In a worker it copies straight into shared memory.
-            self._tensors[key] = default_collate(tensors)
-        else:
-            self._tensors[key] = torch.cat([x.flatten() for x in tensors])
-            self._shapes[key] = [x.shape for x in tensors]
+        for key in (x for x in samples[0] if x not in self._rest[0]):
+            tensors = [sample[key] for sample in samples]
+            if len({x.shape for x in tensors}) == 1:
+                # In a worker it copies straight into shared memory.
+                self._tensors[key] = default_collate(tensors)
+            else:
+                self._tensors[key] = torch.cat([x.flatten() for x in tensors])
+                self._shapes[key] = [x.shape for x in tensors]
 
     def __len__(self) -> int:
         return len(self._rest)
 
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return list(self)[index]
-        return {**self._rest[index], **{key: self.views(key)[index] for key in self._tensors}}
+        return list(self)[index]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         views = {key: self.views(key) for key in self._tensors}
@@ -65,8 +61,7 @@ class PairBatch:
         """
         The same in pinned memory; PyTorch's loader calls it.
         """
-        batch = object.__new__(PairBatch)
-        batch._rest, batch._shapes = self._rest, self._shapes
+        batch = copy(self)
         batch._tensors = {key: x.pin_memory() for key, x in self._tensors.items()}
         batch._ids = self.sample_ids().pin_memory() if "sample_id" in self._rest[0] else None
         return batch
@@ -113,26 +108,22 @@ def stacked_on(batch: Batch, key: str, device: torch.device) -> torch.Tensor:
     A batch's tensors of one shape, of shape (N, ...), on a device. From pinned memory they are
     copied while the program goes on.
     """
-    if isinstance(batch, PairBatch):
-        return batch.stacked(key).to(device, non_blocking=True)
-    return torch.stack([sample[key] for sample in batch]).to(device, non_blocking=True)
+    return _of_key(batch, key).stacked(key).to(device, non_blocking=True)
 
 
 def views_on(batch: Batch, key: str, device: torch.device) -> Sequence[torch.Tensor]:
     """
     A batch's tensors, which may have different shapes, one by one on a device.
     """
-    if isinstance(batch, PairBatch):
-        return batch.views(key, device)
-    return [sample[key].to(device, non_blocking=True) for sample in batch]
+    return _of_key(batch, key).views(key, device)
 
 
 def sample_ids_on(batch: Batch, device: torch.device) -> torch.Tensor:
     """
     A batch's "sample_id", of shape (N,), int64, on a device.
     """
-    if isinstance(batch, PairBatch):
-        ids = batch.sample_ids()
-    else:
-        ids = torch.tensor([sample["sample_id"] for sample in batch], dtype=torch.long)
-    return ids.to(device, non_blocking=True)
+    return _of_key(batch, "sample_id").sample_ids().to(device, non_blocking=True)
+
+
+def _of_key(batch: Batch, key: str) -> PairBatch:
+    return batch if isinstance(batch, PairBatch) else PairBatch([{key: x[key]} for x in batch])

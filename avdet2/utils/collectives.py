@@ -61,23 +61,6 @@ def _all_to_all(blocks: torch.Tensor) -> torch.Tensor:
     return received
 
 
-def _check_lengths(length: int) -> None:
-    """
-    Raises:
-        ValueError: on all processes, if they have batches of several sizes.
-    """
-    if _AllGather.is_checked:
-        return
-    lengths = comm.all_gather(length)
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            f"the processes' batches have {lengths} samples, but negatives can only be gathered of "
-            "batches of one size: let SOLVER.IMS_PER_BATCH be a multiple of the number of "
-            "processes, and drop a smaller last batch"
-        )
-    _AllGather.is_checked = True
-
-
 def all_gather_with_grad(tensor: torch.Tensor, gradients: bool = True) -> torch.Tensor:
     """
     The rows of all processes.
@@ -93,11 +76,19 @@ def all_gather_with_grad(tensor: torch.Tensor, gradients: bool = True) -> torch.
         Tensor: of shape (W * n, ...) for W processes, in the order of ranks.
 
     Raises:
-        ValueError: n differs between the processes (looked at in the first call).
+        ValueError: on all processes, if n differs between them (looked at in the first call).
     """
     if comm.get_world_size() == 1:
         return tensor
-    _check_lengths(len(tensor))
+    if not _AllGather.is_checked:
+        lengths = comm.all_gather(len(tensor))
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"the processes' batches have {lengths} samples, but negatives can only be "
+                "gathered of batches of one size: let SOLVER.IMS_PER_BATCH be a multiple of the "
+                "number of processes, and drop a smaller last batch"
+            )
+        _AllGather.is_checked = True
     if gradients:
         return _AllGather.apply(tensor)
     return _with_own(_AllGather.apply(tensor.detach()), tensor)

@@ -30,13 +30,13 @@ def parallel_map(
     """
     `map` in several processes: results in order, a few items ahead of what is taken.
 
-    When a process dies, by a file that crashes its decoder or killed for want of memory, each item
-    that it may have been at is tried once more, in a process that has nothing else to do.
+    When a process dies, by a file that crashes its decoder or killed for want of memory, the next
+    item is tried alone, in a process of its own; then the work goes on with all that was lost.
 
     Args:
         function, items: can be pickled.
         workers: number of processes; 0: all is done in this one, which an item may take with it.
-        crashed: gives the result for an item at which a process died twice; a warning is logged.
+        crashed: gives the result for an item at which a process died alone; a warning is logged.
 
     Raises:
         ValueError: processes died at MAX_CRASHES_IN_A_ROW items, one after the other.
@@ -48,62 +48,56 @@ def parallel_map(
     # Without a future: not submitted yet, or lost with a process that died.
     pending: deque[tuple[Any, Future | None]] = deque()
     while True:
-        with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
+        for result in _until_a_death(function, remaining, pending, workers):
+            in_a_row = 0
+            yield result
+        if not pending:
+            return
+        item, _ = pending.popleft()
+        with ProcessPoolExecutor(1, initializer=_end_with_parent) as pool:
             try:
-                for i, (item, future) in enumerate(pending):
-                    if future is None:
-                        pending[i] = item, pool.submit(function, item)
-                for item in remaining:
-                    pending.append((item, None))
-                    pending[-1] = item, pool.submit(function, item)
-                    if len(pending) >= 4 * workers:
-                        yield pending[0][1].result()
-                        pending.popleft()
-                        in_a_row = 0
-                while pending:
+                result, in_a_row = pool.submit(function, item).result(), 0
+            except BrokenProcessPool:
+                logger.warning(f"a process died at {_text(item)}, and again with it alone: skipped")
+                result, in_a_row = crashed(item), in_a_row + 1
+        if in_a_row >= MAX_CRASHES_IN_A_ROW:
+            raise ValueError(
+                f"processes died at {in_a_row} items in a row, the last of them {_text(item)}; "
+                "the system may have killed them for want of memory: use fewer workers"
+            )
+        yield result
+
+
+def _until_a_death(
+    function: Callable[[Any], Any],
+    remaining: Iterator[Any],
+    pending: deque[tuple[Any, Future | None]],
+    workers: int,
+) -> Iterator[Any]:
+    """
+    Results in order. Items are left pending where a process dies.
+    """
+    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
+        try:
+            for i, (item, future) in enumerate(pending):
+                if future is None:
+                    pending[i] = item, pool.submit(function, item)
+            for item in remaining:
+                pending.append((item, None))
+                pending[-1] = item, pool.submit(function, item)
+                if len(pending) >= 4 * workers:
                     yield pending[0][1].result()
                     pending.popleft()
-                return
-            except BrokenProcessPool:
-                logger.warning("a process died: what it may have been at is tried again one by one")
-        for i, (item, future) in enumerate(pending):
-            if future is not None and _is_lost(future):
-                pending[i] = item, None
-        # Items are taken in order: those that died with their processes are the first.
-        suspects = workers
-        while pending and suspects:
-            item, future = pending.popleft()
-            if future is not None:
-                result, has_died = future.result(), False
-            else:
-                result, has_died = _alone(function, item, crashed)
-                suspects -= 1
-            in_a_row = in_a_row + 1 if has_died else 0
-            if in_a_row >= MAX_CRASHES_IN_A_ROW:
-                raise ValueError(
-                    f"processes died at {in_a_row} items in a row, the last of them {_text(item)}; "
-                    "the system may have killed them for want of memory: use fewer workers"
-                )
-            yield result
-
-
-def _is_lost(future: Future) -> bool:
-    # Of one that was submitted while the pool broke, some versions of Python never hear again.
-    return not future.done() or isinstance(future.exception(), BrokenProcessPool)
-
-
-def _alone(
-    function: Callable[[Any], Any], item: Any, crashed: Callable[[Any], Any]
-) -> tuple[Any, bool]:
-    """
-    The result of an item in a process of its own, and whether that died.
-    """
-    with ProcessPoolExecutor(1, initializer=_end_with_parent) as pool:
-        try:
-            return pool.submit(function, item).result(), False
+            while pending:
+                yield pending[0][1].result()
+                pending.popleft()
         except BrokenProcessPool:
-            logger.warning(f"a process died at {_text(item)}, and again with it alone: skipped")
-            return crashed(item), True
+            logger.warning("a process died: what it was at is tried again, the next item alone")
+    for i, (item, future) in enumerate(pending):
+        # Of one that was submitted while the pool broke, some versions of Python never hear again.
+        is_done = future is not None and future.done()
+        if not is_done or isinstance(future.exception(), BrokenProcessPool):
+            pending[i] = item, None
 
 
 def _text(item: Any) -> str:

@@ -47,7 +47,7 @@ def test_items_at_which_processes_die_are_skipped(
     die = partial(_die_at, _is_bad)
     found = list(parallel_map(die, range(200), workers, lambda item: -item - 1))
     assert found == [-item - 1 if _is_bad(item) else item for item in range(200)]
-    told = [message for message in caplog.messages if "one by one" not in message]
+    told = [message for message in caplog.messages if "tried again" not in message]
     assert [message.split(",")[0] for message in told] == [
         f"a process died at {item}" for item in (0, 20, 21, 199)
     ]
@@ -67,7 +67,7 @@ def test_who_was_killed_once_is_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert list(parallel_map(partial(_die_once, tmp_path), range(30), 3, _never)) == list(range(30))
-    assert (tmp_path / "died").exists() and ["one by one" in x for x in caplog.messages] == [True]
+    assert (tmp_path / "died").exists() and ["tried again" in x for x in caplog.messages] == [True]
 
 
 def _from_30_on(item: int) -> bool:
