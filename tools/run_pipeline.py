@@ -48,6 +48,7 @@ from avdet2.engine.environment import given_processes, meeting_point, stage_envi
 from avdet2.engine.pipeline import Stage, make_stages, needed, split_opts
 from avdet2.evaluation.build import results_file
 from avdet2.evaluation.table import results_table
+from avdet2.utils.files import write_whole
 
 logger = logging.getLogger("avdet2.pipeline")
 TRAIN_NET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_net.py")
@@ -66,6 +67,7 @@ def lock_folder(folder: str, rank: int = 0, seconds: float = 10.0) -> IO[str]:
     Raises:
         ValueError: the folder is in use.
     """
+    # An open file, and no lock of avdet2.utils.files: stages inherit it.
     stream = open(os.path.join(folder, f"pipeline-{rank}.lock"), "w")
     end = time.monotonic() + seconds
     while True:
@@ -96,8 +98,6 @@ def run_stages(
     Run what is not done yet; stop at the first failure with its exit code.
 
     Args:
-        stages: in order.
-        args: of Detectron2's argument parser.
         lock: of :func:`lock_folder`.
         processes: of :func:`given_processes`: this process runs its part of each stage.
     """
@@ -121,31 +121,28 @@ def run_stages(
         logger.info(f"{title} took {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
-def read_results(stage: Stage) -> dict[str, dict]:
-    """
-    The rows of a stage in the table: one for each test set.
-    """
-    path = results_file(stage.folder)
-    if not os.path.isfile(path):
-        return {}
-    with open(path) as f:
-        results = json.load(f)
-    title = stage.kind.title.format(stage.name)
-    if len(stage.cfg.DATASETS.TEST) <= 1:
-        return {title: results}
-    return {f"{title}, {name}": results.get(name, {}) for name in stage.cfg.DATASETS.TEST}
-
-
 def write_table(stages: list[Stage], output_dir: str) -> str:
     """
-    Collect the results of all stages into table.md and results.json in OUTPUT_DIR.
+    Collect the results of all stages, a row for each test set, into table.md and results.json in
+    OUTPUT_DIR.
     """
-    rows = {title: row for stage in stages for title, row in read_results(stage).items()}
+    rows = {}
+    for stage in stages:
+        path = results_file(stage.folder)
+        if not os.path.isfile(path):
+            continue
+        with open(path) as f:
+            results = json.load(f)
+        title, names = stage.kind.title.format(stage.name), stage.cfg.DATASETS.TEST
+        if len(names) > 1:
+            rows.update({f"{title}, {name}": results.get(name, {}) for name in names})
+        else:
+            rows[title] = results
     table = results_table(rows)
-    with open(os.path.join(output_dir, "table.md"), "w") as f:
-        f.write(table)
-    with open(os.path.join(output_dir, "results.json"), "w") as f:
-        json.dump(rows, f, indent=1)
+    with write_whole(os.path.join(output_dir, "table.md")) as part:
+        part.write_text(table)
+    with write_whole(os.path.join(output_dir, "results.json")) as part:
+        part.write_text(json.dumps(rows, indent=1))
     return table if rows else ""
 
 
@@ -160,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
     rank = int(processes.get("RANK", args.machine_rank))
     cfg = load_cfg(args.config_file, split_opts(args.opts)[0])
     output_dir = cfg.OUTPUT_DIR
-    os.makedirs(output_dir, exist_ok=True)
+    # Which makes the folder.
     log = os.path.join(output_dir, "pipeline.txt")
     setup_logger(log, distributed_rank=rank, name="avdet2", abbrev_name="av")
     for number in (signal.SIGINT, signal.SIGTERM):
