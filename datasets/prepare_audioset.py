@@ -19,15 +19,15 @@ What is not there is listed in missing.csv. Run it again when clips were added.
 import argparse
 import os
 
-from avdet2.data.datasets.audioset import (
+from annotations.audioset import (
     audioset_lists,
     box_videos,
     read_audioset_classes,
     read_audioset_csv,
 )
+from annotations.prepare import add_output, run_script, script_parser
+from annotations.segments import overview, prepare_segments
 from avdet2.data.datasets.label_maps import audioset_instruments
-from avdet2.data.datasets.prepare import add_output, run_script, script_parser
-from avdet2.data.datasets.segments import overview, prepare_segments
 
 
 def prepare(args: argparse.Namespace) -> list[str]:

@@ -15,14 +15,14 @@ what is missing.
 import argparse
 import os
 
-from avdet2.data.datasets.audioset_boxes import (
+from annotations.audioset_boxes import (
     PARTS,
     part_of,
     read_audioset_boxes,
     read_segments,
 )
-from avdet2.data.datasets.frames import write_test_sets
-from avdet2.data.datasets.prepare import add_clips, add_output, run_script, script_parser
+from annotations.frames import write_test_sets
+from annotations.prepare import add_clips, add_output, run_script, script_parser
 
 
 def prepare(args: argparse.Namespace) -> list[str]:

@@ -13,9 +13,9 @@ The data set's authors give the frames, their sound and the boxes: <output>/fram
 import argparse
 import os
 
-from avdet2.data.datasets.flickr import read_flickr, read_ids
-from avdet2.data.datasets.frames import write_test_sets
-from avdet2.data.datasets.prepare import add_clips, add_output, run_script, script_parser
+from annotations.flickr import read_flickr, read_ids
+from annotations.frames import write_test_sets
+from annotations.prepare import add_clips, add_output, run_script, script_parser
 
 
 def prepare(args: argparse.Namespace) -> list[str]:

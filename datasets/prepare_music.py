@@ -13,9 +13,9 @@ again, it makes what is missing.
 
 import argparse
 
-from avdet2.data.datasets.frames import write_test_sets
-from avdet2.data.datasets.music import PARTS, read_music
-from avdet2.data.datasets.prepare import add_clips, add_output, run_script, script_parser
+from annotations.frames import write_test_sets
+from annotations.music import PARTS, read_music
+from annotations.prepare import add_clips, add_output, run_script, script_parser
 
 
 def prepare(args: argparse.Namespace) -> list[str]:

@@ -13,13 +13,13 @@ missing.csv. The frames with boxes are prepare_music.py's.
 import argparse
 import os
 
-from avdet2.data.datasets.music_clips import (
+from annotations.music_clips import (
     music_test_videos,
     prepare_music_clips,
     read_music_videos,
 )
-from avdet2.data.datasets.prepare import add_output, run_script, script_parser
-from avdet2.data.datasets.segments import overview
+from annotations.prepare import add_output, run_script, script_parser
+from annotations.segments import overview
 
 
 def prepare(args: argparse.Namespace) -> list[str]:

@@ -16,15 +16,15 @@ import argparse
 import os
 from collections.abc import Iterator
 
-from avdet2.data.datasets.ground_truth import relabel, write_ground_truths
-from avdet2.data.datasets.openimages import (
+from annotations.ground_truth import relabel, write_ground_truths
+from annotations.openimages import (
     SPLITS,
     check_descriptions,
-    class_groups,
     read_boxes,
     set_name,
 )
-from avdet2.data.datasets.prepare import add_output, run_script, script_parser
+from annotations.prepare import add_output, run_script, script_parser
+from avdet2.data.datasets.label_maps import openimages_groups
 
 
 def prepare(args: argparse.Namespace) -> Iterator[str]:
@@ -37,7 +37,7 @@ def prepare(args: argparse.Namespace) -> Iterator[str]:
     truth = read_boxes(args.boxes, args.split)
     sets = {
         set_name(group, args.split): relabel(truth, {name: name for name in classes}, classes)
-        for group, classes in class_groups().items()
+        for group, classes in openimages_groups().items()
     }
     os.makedirs(args.output, exist_ok=True)
     for name, part in sets.items():

@@ -17,11 +17,11 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
-from avdet2.data.datasets.prepare import add_output, run_script, script_parser
-from avdet2.data.synthetic.generator import Settings
-from avdet2.data.synthetic.objects import CLASS_NAMES
-from avdet2.data.synthetic.scenes import DIFFICULTIES
-from avdet2.data.synthetic.writer import open_output, write_annotations, write_item
+from annotations.prepare import add_output, run_script, script_parser
+from avdet2.data.datasets.synthetic import CLASS_NAMES
+from synthetic.generator import Settings
+from synthetic.scenes import DIFFICULTIES
+from synthetic.writer import open_output, write_annotations, write_item
 
 
 def _make(job: tuple[str, int], root: Path, settings: Settings) -> bool:

@@ -12,9 +12,9 @@ What is not there is listed in missing.csv. Run it again when clips were added.
 import argparse
 import os
 
-from avdet2.data.datasets.prepare import add_output, run_script, script_parser
-from avdet2.data.datasets.segments import overview, prepare_segments
-from avdet2.data.datasets.vggsound import (
+from annotations.prepare import add_output, run_script, script_parser
+from annotations.segments import overview, prepare_segments
+from annotations.vggsound import (
     read_vggsound_classes,
     read_vggsound_csv,
     vggsound_lists,

@@ -15,9 +15,9 @@ annotations/*_missing.csv. Run again, it makes what is missing.
 import argparse
 import os
 
-from avdet2.data.datasets.frames import write_test_sets
-from avdet2.data.datasets.prepare import add_clips, add_output, run_script, script_parser
-from avdet2.data.datasets.vggss import read_vggss, vggsound_boxes
+from annotations.frames import write_test_sets
+from annotations.prepare import add_clips, add_output, run_script, script_parser
+from annotations.vggss import read_vggss, vggsound_boxes
 
 
 def prepare(args: argparse.Namespace) -> list[str]:

@@ -241,7 +241,7 @@ def _vggsound() -> Suite:
 
 
 def _synthetic() -> Suite:
-    from avdet2.data.synthetic.objects import class_names
+    from avdet2.data.datasets.synthetic import class_names
 
     test = "synthetic_av_test"
     three = tuple(Column(ap, ap, test) for ap in AP)

@@ -15,7 +15,7 @@ import pytest
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from avdet2.data.datasets.segments import register_segments
+from avdet2.data.datasets.clip_lists import register_clip_lists
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,7 +102,7 @@ def registered(root: Path, datasets: Mapping[str, str]) -> Iterator[None]:
     Prepared clip lists as data sets, for a while; the names begin with "made_up_".
     """
     names = {f"made_up_{name}": lists for name, lists in datasets.items()}
-    register_segments(str(root), names, "`python prepare.py`")
+    register_clip_lists(str(root), names, "`python prepare.py`")
     try:
         yield
     finally:

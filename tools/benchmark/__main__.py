@@ -30,6 +30,9 @@ from bench_machine import (
 )
 from bench_report import markdown, read_reports, report_document
 
+# What draws the synthetic clips lies beside the scripts that prepare data sets.
+sys.path.append(os.path.join(os.path.dirname(__file__), "..", "..", "datasets"))
+
 logger = logging.getLogger("benchmark")
 
 # Each is a module task_NAME, imported when it runs.

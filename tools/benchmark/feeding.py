@@ -18,12 +18,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from avdet2.data.clips import scan_clips
 from avdet2.data.prepared.reader import PreparedClips, PrepareSettings, clip_key
 from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
-from avdet2.data.synthetic.generator import Settings, make_item
-from avdet2.data.synthetic.sounds import SAMPLE_RATE
-from avdet2.data.synthetic.writer import write_video
 from bench_machine import usable_cores
 from bench_timing import Timing, cpu_seconds
 from matrix_rate import synchronize
+from synthetic.generator import Settings, make_item
+from synthetic.sounds import SAMPLE_RATE
+from synthetic.writer import write_video
 
 # The data set that the clips of a benchmark are registered as.
 DATASET = "benchmark_clips"

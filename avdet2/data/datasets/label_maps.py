@@ -86,3 +86,15 @@ def audioset_instruments() -> tuple[tuple[str, str], ...]:
     path = _FOLDER / "audioset_instruments_110.json"
     classes = json.loads(path.read_text(encoding="utf-8"))["classes"]
     return tuple((row["name"], row["mid"]) for row in classes)
+
+
+def openimages_groups() -> dict[str, list[str]]:
+    """
+    Class names of each OpenImages test set: "instruments" (15), "general" (the 11 of Table A.1),
+    "general10" (the ten of Table 7).
+    """
+    return {
+        "instruments": test_classes(),
+        "general": list(general_labels().values()),
+        "general10": list(general_labels(in_table_7=True).values()),
+    }
