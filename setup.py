@@ -76,7 +76,14 @@ setup(
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     packages=find_packages(include=["avdet2", "avdet2.*"]),
-    package_data={"avdet2.data.datasets": ["*.json"]},
+    package_data={
+        # Through links, so that the checkout has one place for each: as in Detectron2, configs are
+        # in the package's model zoo. The tools are the commands of `avdet2`.
+        "avdet2": ["py.typed", "tools/*.py", "tools/detectron2_pure/*"],
+        "avdet2.model_zoo": ["configs/**/*.yaml"],
+        "avdet2.data.datasets": ["*.json"],
+    },
+    entry_points={"console_scripts": ["avdet2 = avdet2.__main__:main"]},
     python_requires=">=3.10,<3.13",
     install_requires=INSTALL_REQUIRES,
     extras_require={

@@ -3,15 +3,18 @@
 Object detectors from unlabelled videos: importing avdet2 registers its models and data sets.
 """
 
+from pathlib import Path as _Path
+
 try:
     import detectron2  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "avdet2 extends Detectron2, which is not installed here: run "
-        "`python tools/install_detectron2.py`, or build it from its repository."
+        "avdet2 extends Detectron2, which is not installed here: run `python "
+        f"{_Path(__file__).parent / 'tools' / 'install_detectron2.py'}`, or build it from its "
+        "repository."
     ) from error
 
-from avdet2 import data, evaluation, modeling
+from avdet2 import data, evaluation, model_zoo, modeling
 from avdet2.config import add_avdet2_config
 from avdet2.config_file import load_cfg
 from avdet2.data.clips import register_av_clips

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+import avdet2
 
 ROOT = Path(__file__).resolve().parents[1]
 # Packages whose name is not that of their module.
@@ -76,3 +79,8 @@ def test_every_package_is_pinned(version):
     pinned = {_normal(line.partition("==")[0]) for line in pins if "==" in line}
     # OpenCV's headless build is what is installed.
     assert _declared("INSTALL_REQUIRES") | _declared("DEV") <= pinned
+
+
+def test_what_to_cite_is_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == avdet2.__version__

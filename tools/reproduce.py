@@ -29,7 +29,6 @@ from avdet2.reproduce import PAPER_TABLES, SUITES, Runs, SuiteTable, report_json
 
 logger = logging.getLogger("avdet2.reproduce")
 TOOLS = os.path.dirname(os.path.abspath(__file__))
-CONFIGS = os.path.join(os.path.dirname(TOOLS), "configs")
 
 
 def parse_args() -> argparse.Namespace:
@@ -123,7 +122,7 @@ def main() -> None:
     if len(set(map(os.path.realpath, folders))) < len(folders):
         raise ValueError(f"--runs names a folder twice: {', '.join(folders)}")
     seeds = [["SEED", str(i)] if len(folders) > 1 else [] for i in range(1, len(folders) + 1)]
-    runs = [Runs(suite, CONFIGS, f, args.opts + seed) for f, seed in zip(folders, seeds)]
+    runs = [Runs(suite, f, args.opts + seed) for f, seed in zip(folders, seeds)]
     numbers = list(PAPER_TABLES) if args.table == "all" else [int(args.table)]
     tables = {number: suite.tables[number] for number in numbers}
     to_run = [usable(table) for table in tables.values()]

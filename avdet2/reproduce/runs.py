@@ -14,6 +14,7 @@ from functools import cached_property
 
 from avdet2.engine.pipeline import Stage, make_stages, needed
 from avdet2.evaluation.build import results_file
+from avdet2.model_zoo import get_config_file
 from avdet2.reproduce.suites import Column, Source, Suite, SuiteTable
 
 __all__ = ["Evaluation", "Runs"]
@@ -114,18 +115,17 @@ class Runs:
     A folder with the runs of a suite.
     """
 
-    def __init__(self, suite: Suite, configs: str, folder: str, opts: list[str]) -> None:
+    def __init__(self, suite: Suite, folder: str, opts: list[str]) -> None:
         """
         Args:
             suite: of :data:`avdet2.reproduce.SUITES`.
-            configs: the folder configs/.
             folder: of the runs.
             opts: KEY VALUE and STAGE:KEY VALUE of the pipeline.
 
         Raises:
             ValueError: the options do not fit together.
         """
-        self.config, self.folder = os.path.join(configs, suite.config), folder
+        self.config, self.folder = get_config_file(suite.config), folder
         self.opts = [*opts, "OUTPUT_DIR", folder]
 
     @cached_property

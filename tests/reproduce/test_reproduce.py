@@ -18,12 +18,11 @@ from detectron2.data import DatasetCatalog
 from avdet2.reproduce import PAPER_TABLES, SUITES, Runs, report_json, report_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = str(ROOT / "configs")
 
 
 @pytest.fixture
 def runs(tmp_path):
-    return Runs(SUITES["synthetic"], CONFIGS, str(tmp_path), [])
+    return Runs(SUITES["synthetic"], str(tmp_path), [])
 
 
 def _finish(stage, **tasks) -> None:
@@ -74,7 +73,7 @@ def test_the_paper_s_tables_agree_with_each_other():
 
 @pytest.mark.parametrize("name", SUITES)
 def test_every_row_has_a_stage_and_every_column_a_data_set(name, tmp_path):
-    runs = Runs(SUITES[name], CONFIGS, str(tmp_path), [])
+    runs = Runs(SUITES[name], str(tmp_path), [])
     assert set(SUITES[name].tables) == set(PAPER_TABLES) == set(range(1, 8))
     for number, table in SUITES[name].tables.items():
         for column in table.columns:
@@ -134,7 +133,7 @@ def test_per_class_numbers_and_their_mean(runs):
 def test_several_seeds(tmp_path):
     suite, seeds = SUITES["synthetic"], []
     for i, number in enumerate((40.0, 44.0)):
-        seeds.append(Runs(suite, CONFIGS, str(tmp_path / str(i)), ["SEED", str(i)]))
+        seeds.append(Runs(suite, str(tmp_path / str(i)), ["SEED", str(i)]))
         _finish(seeds[-1].stages["detector"], bbox={"AP50": number})
     report = report_json(PAPER_TABLES[5], suite.tables[5], seeds)
     assert _row(report, "K = 39")["ours"] == {"AP50": [40.0, 44.0]}
@@ -163,7 +162,7 @@ def test_evaluations_are_told_apart_by_what_they_are(runs):
 
 
 def test_columns_of_another_training_set(tmp_path):
-    runs = Runs(SUITES["vggsound"], CONFIGS, str(tmp_path), [])
+    runs = Runs(SUITES["vggsound"], str(tmp_path), [])
     table = SUITES["vggsound"].tables[1]
     source, box = table.sources["Ours - full"], table.sources["Center Box*"]
     found = {column.name: runs.evaluation(table, source, column) for column in table.columns}
@@ -176,7 +175,7 @@ def test_columns_of_another_training_set(tmp_path):
 
 
 def test_images_without_sound_have_no_self_boxes(tmp_path):
-    runs = Runs(SUITES["vggsound"], CONFIGS, str(tmp_path), [])
+    runs = Runs(SUITES["vggsound"], str(tmp_path), [])
     table = SUITES["vggsound"].tables[1]
     source = table.sources["Ours - self-boxes*"]
     found = {column.name: runs.evaluation(table, source, column) for column in table.columns}
@@ -187,7 +186,7 @@ def test_images_without_sound_have_no_self_boxes(tmp_path):
 
 
 def _trained_with(folder: Path, *opts: str) -> None:
-    runs = Runs(SUITES["synthetic"], CONFIGS, str(folder), list(opts))
+    runs = Runs(SUITES["synthetic"], str(folder), list(opts))
     for name in ("localizer_pretrain", "localizer_joint", "detector_warmup", "detector"):
         stage = runs.stages[name]
         _finish(stage, bbox={"AP50": 42.0})
@@ -200,8 +199,8 @@ def _trained_with(folder: Path, *opts: str) -> None:
 def test_runs_with_other_options_are_refused(opts, tmp_path):
     _trained_with(tmp_path)
     table = SUITES["synthetic"].tables[6]
-    Runs(SUITES["synthetic"], CONFIGS, str(tmp_path), []).check_unchanged(table)
-    other = Runs(SUITES["synthetic"], CONFIGS, str(tmp_path), list(opts))
+    Runs(SUITES["synthetic"], str(tmp_path), []).check_unchanged(table)
+    other = Runs(SUITES["synthetic"], str(tmp_path), list(opts))
     with pytest.raises(ValueError, match=f"other options.*{opts[0]} was"):
         other.check_unchanged(table)
 
@@ -217,7 +216,7 @@ def test_options_of_an_evaluation_have_a_folder_of_their_own(tmp_path):
     )
     folders = []
     for opts in asked:
-        found = Runs(suite, CONFIGS, folder, opts).evaluations(suite.tables[2])
+        found = Runs(suite, folder, opts).evaluations(suite.tables[2])
         folders.append({evaluation.stage.name: evaluation.folder for evaluation in found})
     first, confidence, size, plots, prepared = folders
     assert confidence["detector"] != first["detector"]
@@ -225,7 +224,7 @@ def test_options_of_an_evaluation_have_a_folder_of_their_own(tmp_path):
     assert plots == prepared == first
     (detector,) = [
         evaluation
-        for evaluation in Runs(suite, CONFIGS, folder, asked[1]).evaluations(suite.tables[2])
+        for evaluation in Runs(suite, folder, asked[1]).evaluations(suite.tables[2])
         if evaluation.stage.name == "detector"
     ]
     (command,) = detector.commands("tools")
