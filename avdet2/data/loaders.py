@@ -1,20 +1,28 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Training loaders whose start and steps cost the same for a thousand clips and for millions.
+Training loaders whose start and steps cost the same for a thousand clips and for millions, and
+whose batches are a function of a seed and the iteration.
 """
 
 import logging
+import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_train_loader
-from detectron2.data.build import worker_init_reset_seed
-from detectron2.data.common import ToIterableDataset
-from detectron2.data.samplers import RandomSubsetTrainingSampler, TrainingSampler
+from detectron2.data import DatasetFromList
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
 from detectron2.utils import comm
 
 from avdet2.structures.batch import PairBatch
@@ -46,6 +54,80 @@ class ClipOrderSampler(TrainingSampler):
                 yield np.arange(self._size)
 
 
+class SeededBatches(Sampler):
+    """
+    What a loader is to read, batch by batch, from any iteration on: a training that goes on sees
+    what it would have seen. Each sample has a seed of its own. So neither the number of workers nor
+    how far they are ahead changes anything.
+
+    Attributes:
+        seed: of the training; one for all processes.
+        iteration: the first one.
+    """
+
+    def __init__(
+        self,
+        make_sampler: Callable[[int], Sampler],
+        batch_size: int,
+        is_wide: Sequence[bool] | None = None,
+    ) -> None:
+        """
+        Args:
+            make_sampler: from a seed to an endless sampler of this process.
+            batch_size: of this process.
+            is_wide: whether a sample's image is wider than high; where it is given, a batch has
+                samples of one kind.
+        """
+        self._make_sampler, self._batch_size, self._is_wide = make_sampler, batch_size, is_wide
+        self.seed, self.iteration = 0, 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, int]]]]:
+        """
+        Lists of a sample's index and seed.
+        """
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        indices = iter(self._make_sampler(self.seed))
+        if self._is_wide is None:
+            done = self.iteration * self._batch_size
+            stream = zip(islice(indices, done, None), count(rank + done * world_size, world_size))
+            while True:
+                yield [(i, (self.seed, place)) for i, place in islice(stream, self._batch_size)]
+        entries = (
+            {"width": self._is_wide[i], "height": 0.5, "key": (i, (self.seed, place))}
+            for i, place in zip(indices, count(rank, world_size))
+        )
+        batches = AspectRatioGroupedDataset(entries, self._batch_size)
+        for batch in islice(batches, self.iteration, None):
+            yield [entry["key"] for entry in batch]
+
+
+def seed_of(*numbers: int) -> int:
+    """
+    A seed, below 2^32, that other numbers do not share (but by chance).
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """
+    Let all random numbers of the CPU in the block follow from these numbers, and go on behind it as
+    if nothing had been drawn.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = seed_of(*numbers)
+    random.seed(seed)
+    np.random.seed(seed)
+    # Not torch.manual_seed, which is for GPUs too.
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
 class MappedClips(Dataset):
     """
     Clips through a mapper. Where that gives None, another clip takes the place, drawn at random
@@ -65,9 +147,15 @@ class MappedClips(Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> dict:
-        while (sample := self.mapper(self.clips[index])) is None:
-            index = np.random.randint(len(self.clips))
+    def __getitem__(self, key: tuple[int, tuple[int, int]]) -> dict:
+        """
+        Args:
+            key: of :class:`SeededBatches`.
+        """
+        index, numbers = key
+        with seeded(*numbers):
+            while (sample := self.mapper(self.clips[index])) is None:
+                index = np.random.randint(len(self.clips))
         return sample
 
 
@@ -89,15 +177,26 @@ def batch_per_process(cfg: CfgNode) -> int:
     return batch // processes
 
 
-def build_sampler(cfg: CfgNode, size: int) -> TrainingSampler:
+def sampler_maker(cfg: CfgNode, clips: Sequence[dict]) -> Callable[[int], Sampler]:
     """
-    The sampler that DATALOADER.SAMPLER_TRAIN names, for so many clips.
+    Makes the sampler that DATALOADER.SAMPLER_TRAIN names from a seed, the same on all processes.
+
+    Args:
+        clips: RepeatFactorTrainingSampler is for images with annotations.
     """
-    node = cfg.DATALOADER
+    node, size = cfg.DATALOADER, len(clips)
     if node.SAMPLER_TRAIN == "TrainingSampler":
-        return ClipOrderSampler(size)
+        return lambda seed: ClipOrderSampler(size, seed=seed)
     if node.SAMPLER_TRAIN == "RandomSubsetTrainingSampler":
-        return RandomSubsetTrainingSampler(size, node.RANDOM_SUBSET_RATIO)
+        ratio = node.RANDOM_SUBSET_RATIO
+        return lambda seed: RandomSubsetTrainingSampler(
+            size, ratio, seed_shuffle=seed, seed_subset=seed
+        )
+    if node.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and "annotations" in clips[0]:
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            clips, node.REPEAT_THRESHOLD
+        )
+        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
     raise ValueError(
         "DATALOADER.SAMPLER_TRAIN must be TrainingSampler or RandomSubsetTrainingSampler for "
         f"clips, not {node.SAMPLER_TRAIN!r}"
@@ -124,36 +223,33 @@ def build_pair_loader(
             "pushes the copies apart, as they are negatives of each other. Set "
             f"SOLVER.IMS_PER_BATCH to {len(clips)} or less, or give more (shorter) clips"
         )
-    dataset = MappedClips(clips, mapper)
     return DataLoader(
-        ToIterableDataset(dataset, build_sampler(cfg, len(dataset))),
-        batch_size=batch_per_process(cfg),
-        drop_last=True,
+        MappedClips(clips, mapper),
+        batch_sampler=SeededBatches(sampler_maker(cfg, clips), batch_per_process(cfg)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=PairBatch,
         pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
-        worker_init_fn=worker_init_reset_seed,
-        persistent_workers=cfg.DATALOADER.NUM_WORKERS > 0,
     )
 
 
 def build_list_loader(
-    cfg: CfgNode, clips: Sequence[dict], mapper: Callable[[dict], dict | None]
+    cfg: CfgNode,
+    clips: Sequence[dict],
+    mapper: Callable[[dict], dict | None],
+    is_wide: Sequence[bool] | None = None,
 ) -> DataLoader:
     """
-    The stock training loader, whose batches are lists of dicts, as a detector wants them.
+    An endless loader whose batches are lists of dicts, as a detector wants them.
 
     Args:
         cfg, clips: see :func:`build_pair_loader`.
-        mapper: SelfBoxMapper.
+        mapper: SelfBoxMapper, or DatasetMapper.
+        is_wide: see :class:`SeededBatches`.
     """
-    batch_per_process(cfg)
-    dataset = MappedClips(clips, mapper)
-    return build_detection_train_loader(
-        dataset,
-        mapper=None,
-        sampler=build_sampler(cfg, len(dataset)),
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+    batches = SeededBatches(sampler_maker(cfg, clips), batch_per_process(cfg), is_wide)
+    return DataLoader(
+        MappedClips(clips, mapper),
+        batch_sampler=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
     )

@@ -15,7 +15,10 @@ from torch import nn
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import get_event_storage
+
+from avdet2.data.loaders import seed_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ class TrainStep(SimpleTrainer):
     Attributes:
         max_iter: the last iteration is ``max_iter - 1``; who runs the steps may change it.
         outer_hooks: of the trainer that runs the steps.
+        seed: where it is given, all random numbers of an iteration follow from it, the iteration
+            and the process.
     """
 
     def __init__(
@@ -63,7 +68,10 @@ class TrainStep(SimpleTrainer):
             check_precision(precision, device)
         if metric_period < 1:
             raise ValueError(f"SOLVER.METRIC_PERIOD must be at least 1, not {metric_period}")
-        super().__init__(model, data_loader, optimizer)
+        # The loader starts with the first iteration, which only a checkpoint may tell.
+        super().__init__(model, (), optimizer)
+        self.data_loader, self._batches = data_loader, None
+        self.seed: int | None = None
         self.metric_period, self.checkpoint_period = metric_period, checkpoint_period
         self.max_iter = max_iter
         self.outer_hooks: list[HookBase] = []
@@ -101,8 +109,13 @@ class TrainStep(SimpleTrainer):
         """
         assert self.model.training, "the model was changed to eval mode"
         start = time.perf_counter()
-        data = next(self._data_loader_iter)
+        if self._batches is None:
+            self._batches = iter(self.data_loader)
+        data = next(self._batches)
         data_time = time.perf_counter() - start
+        # What the model draws follows from the iteration too: dropout, views, samples of proposals.
+        if self.seed is not None:
+            seed_all_rng(seed_of(self.seed, comm.get_rank(), self.iter))
         with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
             losses = self.model(data)
         if isinstance(losses, torch.Tensor):

@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from avdet2.checkpoint.checkpointer import AVCheckpointer
-from avdet2.data.loaders import batch_per_process
+from avdet2.data.loaders import SeededBatches, batch_per_process
 from avdet2.engine.defaults import resolve_epochs
 from avdet2.engine.optimizer import build_optimizer
 from avdet2.engine.stages import stage_kind
@@ -65,8 +65,18 @@ class AVTrainer(DefaultTrainer):
             model, cfg.OUTPUT_DIR, trust_pickles=cfg.MODEL.TRUST_PICKLES, trainer=owner
         )
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        # All random numbers follow from it and the iteration, so that it is all a checkpoint needs.
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.register_hooks(self.build_hooks())
         self._trainer.outer_hooks = self._hooks
+
+    def before_train(self) -> None:
+        # Behind a checkpoint, which may have another seed and iteration.
+        self._trainer.seed = self.seed
+        batches = getattr(self._trainer.data_loader, "batch_sampler", None)
+        if isinstance(batches, SeededBatches):
+            batches.seed, batches.iteration = self.seed, self.start_iter
+        super().before_train()
 
     def run_step(self) -> None:
         # The last iteration may have been moved since.
@@ -75,10 +85,10 @@ class AVTrainer(DefaultTrainer):
 
     def state_dict(self) -> dict:
         """
-        Stock state, and the optimizer's, which Detectron2 0.6 leaves out: its momentum would start
-        at zero after --resume. The key is that of Detectron2's main branch.
+        Stock state, the seed, and the optimizer's state, which Detectron2 0.6 leaves out: its
+        momentum would start at zero after --resume. Its key is that of Detectron2's main branch.
         """
-        state = super().state_dict()
+        state = {**super().state_dict(), "seed": self.seed}
         state.setdefault("_trainer", self._trainer.state_dict())
         return state
 
@@ -92,6 +102,14 @@ class AVTrainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logger.warning("the checkpoint has no optimizer state: momentum starts at zero")
+        saved = state_dict.get("seed")
+        if saved is not None and self.cfg.SEED < 0:
+            self.seed = saved
+        elif saved != self.seed:
+            logger.warning(
+                f"the training so far has used {'an unknown seed' if saved is None else saved}, "
+                f"and goes on with SEED {self.seed}: this epoch may repeat clips and miss others"
+            )
 
     def resume_or_load(self, resume: bool = True) -> None:
         """

@@ -1,4 +1,5 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+import random
 import tracemalloc
 from collections import Counter
 from itertools import islice
@@ -16,10 +17,12 @@ from avdet2.config import add_avdet2_config
 from avdet2.data.loaders import (
     ClipOrderSampler,
     MappedClips,
+    SeededBatches,
     batch_per_process,
     build_list_loader,
     build_pair_loader,
-    build_sampler,
+    sampler_maker,
+    seeded,
 )
 from avdet2.structures.batch import PairBatch
 
@@ -65,25 +68,84 @@ def test_a_sampler_makes_no_list_of_all_clips():
 
 
 def test_samplers_of_the_config():
-    assert type(build_sampler(_cfg(), 9)) is ClipOrderSampler
+    assert type(sampler_maker(_cfg(), range(9))(1)) is ClipOrderSampler
     opts = ["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"]
     cfg = _cfg(*opts)
     # No key of 0.6, whose loader reads it.
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.5
-    sampler = build_sampler(cfg, 10)
-    assert type(sampler) is RandomSubsetTrainingSampler
-    assert len(set(islice(sampler, 40))) == 5
+    make = sampler_maker(cfg, range(10))
+    assert type(make(1)) is RandomSubsetTrainingSampler
+    assert len(set(islice(make(1), 40))) == 5
+    assert list(islice(make(1), 40)) == list(islice(make(1), 40)) != list(islice(make(2), 40))
+    cfg = _cfg(opts[0], "RepeatFactorTrainingSampler")
     with pytest.raises(ValueError, match="SAMPLER_TRAIN .*RepeatFactorTrainingSampler"):
-        build_sampler(_cfg(opts[0], "RepeatFactorTrainingSampler"), 10)
+        sampler_maker(cfg, [{}] * 10)
+    images = [{"annotations": [{"category_id": i // 8}]} for i in range(9)]
+    cfg.DATALOADER.REPEAT_THRESHOLD = 0.5
+    # One image in nine is of the second class, so that it comes sqrt(0.5 * 9) times as often.
+    drawn = Counter(islice(sampler_maker(cfg, images)(1), 10_000))
+    assert drawn[8] / drawn[0] == pytest.approx(4.5**0.5, rel=0.1)
 
 
 def test_another_clip_stands_for_one_that_gives_none():
-    np.random.seed(0)
     dataset = MappedClips([{"i": i} for i in range(10)], lambda x: x if x["i"] % 2 else None)
-    assert len(dataset) == 10 and dataset[3] == {"i": 3}
-    drawn = Counter(dataset[4]["i"] for _ in range(500))
-    assert set(drawn) == {1, 3, 5, 7, 9}
-    assert min(drawn.values()) > 60
+    assert len(dataset) == 10 and dataset[3, (0, 0)] == {"i": 3}
+    drawn = [dataset[4, (7, place)]["i"] for place in range(500)]
+    assert drawn == [dataset[4, (7, place)]["i"] for place in range(500)]
+    counts = Counter(drawn)
+    assert set(counts) == {1, 3, 5, 7, 9}
+    assert min(counts.values()) > 60
+
+
+def _draw() -> list[float]:
+    return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+
+def test_random_numbers_of_a_block_are_its_own():
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    drawn = []
+    for numbers in ((1, 2), (1, 2), (2, 1), (1, 3)):
+        with seeded(*numbers):
+            drawn.append(_draw())
+    assert drawn[0] == drawn[1]
+    assert len({x for row in drawn for x in row}) == 9
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert before == after
+
+
+def _places(batches, count: int) -> list[list[tuple[int, tuple[int, int]]]]:
+    return list(islice(batches, count))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_of_all_processes_see_every_clip_once_in_an_epoch(monkeypatch, world_size):
+    size, batch, seen = 7, 6 // world_size, {}
+    for rank in range(world_size):
+        _world(monkeypatch, rank, world_size)
+        for keys in _places(SeededBatches(sampler_maker(_cfg(), range(size)), batch), 35):
+            seen.update({place: index for index, (_, place) in keys})
+    assert sorted(seen) == list(range(210))
+    for epoch in range(30):
+        assert {seen[i] for i in range(epoch * size, (epoch + 1) * size)} == set(range(size))
+    # Another number of processes sees the same.
+    _world(monkeypatch, 0, 1)
+    alone = _places(SeededBatches(sampler_maker(_cfg(), range(size)), 6), 35)
+    assert seen == {place: index for keys in alone for index, (_, place) in keys}
+
+
+@pytest.mark.parametrize("is_wide", [None, [i % 3 > 0 for i in range(11)]])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_batches_go_on_from_any_iteration(monkeypatch, rank, is_wide):
+    _world(monkeypatch, rank, 2)
+    whole = SeededBatches(sampler_maker(_cfg(), range(11)), 4, is_wide)
+    whole.seed = 3
+    expected = _places(whole, 25)
+    for iteration in (1, 2, 5, 24):
+        part = SeededBatches(sampler_maker(_cfg(), range(11)), 4, is_wide)
+        part.seed, part.iteration = 3, iteration
+        assert _places(part, 25 - iteration) == expected[iteration:]
+    if is_wide:
+        assert all(len({is_wide[index] for index, _ in keys}) == 1 for keys in expected)
 
 
 class Clips:
@@ -105,27 +167,38 @@ def _mapper(clip: dict) -> dict:
     return {**clip, "image": image, "drawn": np.random.rand()}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("make", [list, Clips])
-def test_batches_are_the_stock_loader_s(workers, make):
-    opts = ["DATALOADER.NUM_WORKERS", workers]
+def test_batches_are_the_stock_loader_s(make):
     clips = list(Clips()) if make is list else Clips()
     batches = []
-    for build in (build_pair_loader, build_list_loader, None):
-        np.random.seed(3)
-        torch.manual_seed(3)
-        if build is not None:
-            loader = build(_cfg(*opts), clips, _mapper)
-        else:
-            loader = build_detection_train_loader(_cfg(*opts), _mapper, dataset=list(Clips()))
+    for build in (build_pair_loader, build_list_loader):
+        loader = build(_cfg(), clips, _mapper)
+        loader.batch_sampler.seed = 5
         batches.append(list(islice(loader, 9)))
+    stock = build_detection_train_loader(
+        list(Clips()),
+        mapper=_mapper,
+        sampler=TrainingSampler(11, seed=5),
+        total_batch_size=4,
+        aspect_ratio_grouping=False,
+    )
+    batches.append(list(islice(stock, 9)))
     pairs, lists, stock = ([[x["sample_id"] for x in batch] for batch in b] for b in batches)
     assert pairs == lists == stock and len(pairs[0]) == 4
     assert all(isinstance(batch, PairBatch) for batch in batches[0])
     assert all(isinstance(batch, list) for batch in batches[1])
     assert batches[0][1].stacked("image")[:, 0, 0, 0].tolist() == pairs[1]
-    # Workers draw numbers of their own.
     assert len({x["drawn"] for batch in batches[0] for x in batch}) == 36
+
+
+def test_samples_do_not_depend_on_workers_or_where_the_loader_starts():
+    runs = []
+    for workers, iteration in ((0, 0), (2, 0), (3, 4), (0, 4)):
+        loader = build_pair_loader(_cfg("DATALOADER.NUM_WORKERS", workers), Clips(), _mapper)
+        loader.batch_sampler.iteration = iteration
+        batches = islice(loader, 9 - iteration)
+        runs.append([[(x["sample_id"], x["drawn"]) for x in batch] for batch in batches])
+    assert runs[0] == runs[1] and runs[2] == runs[3] == runs[0][4:]
 
 
 def test_a_batch_is_shared_out_evenly(monkeypatch):

@@ -229,12 +229,13 @@ def _start(source: str, size: int, draws: int, rounds: int) -> Values:
     if draws:
         places = np.random.default_rng(0).integers(size, size=draws).tolist()
         dataset = MappedClips(clips, lambda clip: clip)
+        keys = [(place, (0, place)) for place in places]
         values |= {
             "later start: stays": cost.stays,
             "clip table": clips.columns.nbytes,
             "of it names of files": clips.columns["file"].nbytes,
             "index on disk": os.path.getsize(source + INDEX_SUFFIX),
-            "draw a clip": _microseconds(dataset.__getitem__, places, rounds),
+            "draw a clip": _microseconds(dataset.__getitem__, keys, rounds),
         }
     return values
 

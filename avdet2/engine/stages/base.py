@@ -10,10 +10,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import HookBase
 
 from avdet2.checkpoint.pixel_settings import Start
+from avdet2.data.loaders import build_list_loader
 from avdet2.engine.hand_over import check_backbone, init_backbone, open_weights
 from avdet2.evaluation.naming.cluster_names import ClusterNames
 
@@ -91,7 +96,22 @@ class StageKind:
         """
 
     def build_train_loader(self) -> DataLoader:
-        return build_detection_train_loader(self.cfg)
+        """
+        The loader for the mapper of this kind. Its ``batch_sampler`` is one of
+        :class:`~avdet2.data.loaders.SeededBatches`.
+        """
+        # As the stock loader, but with batches that a training can go on with.
+        cfg, model = self.cfg, self.cfg.MODEL
+        images = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=model.KEYPOINT_ON and model.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if model.LOAD_PROPOSALS else None,
+        )
+        is_wide = None
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            is_wide = [image["width"] > image["height"] for image in images]
+        return build_list_loader(cfg, images, DatasetMapper(cfg, True), is_wide)
 
     def build_hooks(self, model: nn.Module) -> list[HookBase]:
         """
