@@ -14,88 +14,65 @@ gives a tight box. Three things the paper leaves open are settled here:
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 
-__all__ = ["SelfBoxes", "bilinear_weights", "heatmaps_to_boxes", "self_boxes", "threshold"]
-
-Array = np.ndarray | torch.Tensor
+__all__ = ["bilinear_weights", "self_boxes", "threshold"]
 
 # Heatmaps whose values differ by less than this share of the largest are constant.
 _CONSTANT = 1e-6
-_NOTHING = np.zeros((0, 5), dtype=np.float32)
 
 
-class SelfBoxes(NamedTuple):
-    """
-    One box for each of N heatmaps, as CPU tensors.
-
-    Attributes:
-        boxes: float32 tensor of shape (N, 4), (x0, y0, x1, y1) in image pixels: the box covers the
-            pixels x0 <= x < x1, y0 <= y < y1. Zeros where there is none.
-        scores: float32 tensor of shape (N,), the peak of the upsampled heat inside the component,
-            in the units of the heatmap. Zero where there is no box.
-        valid: bool tensor of shape (N,), whether there is a box.
-    """
-
-    boxes: torch.Tensor
-    scores: torch.Tensor
-    valid: torch.Tensor
-
-
-def threshold(heatmaps: Array, beta: float | Array) -> torch.Tensor:
+def threshold(heatmaps: torch.Tensor, beta: float) -> torch.Tensor:
     """
     Eq. 5: beta times the maximum plus (1 - beta) times the mean of each heatmap.
 
     A larger beta gives a higher threshold, so a smaller box.
 
     Args:
-        heatmaps: floating tensor or array of shape (N, h, w).
-        beta: a number in [0, 1], or N of them.
+        heatmaps: floating tensor of shape (N, h, w).
+        beta: in [0, 1].
 
     Returns:
-        Tensor of shape (N,), on the device of `heatmaps`.
+        Tensor: of shape (N,), float32.
 
     Raises:
-        ValueError: `heatmaps` or `beta` has another shape, or beta is not in [0, 1].
+        ValueError: the heatmaps have another shape, or beta is not in [0, 1].
     """
-    heatmaps = torch.as_tensor(heatmaps)
     if heatmaps.ndim != 3 or 0 in heatmaps.shape[1:]:
         raise ValueError(f"Heatmaps must be of shape (N, h, w), got {tuple(heatmaps.shape)}.")
-    cells = heatmaps.flatten(1).float()
-    beta = torch.as_tensor(beta, dtype=cells.dtype, device=cells.device)
-    if beta.ndim > 0 and beta.shape != cells.shape[:1]:
-        raise ValueError(f"{len(heatmaps)} heatmaps need one beta or as many, got {beta.shape}.")
     # Written so that NaN fails as well.
-    if not ((beta >= 0) & (beta <= 1)).all():
-        raise ValueError(f"Beta (eq. 5) must be in [0, 1], got {beta.tolist()}.")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"Beta (eq. 5) must be in [0, 1], got {beta}.")
+    cells, beta = heatmaps.flatten(1).float(), float(np.float32(beta))
     return beta * cells.amax(dim=1) + (1 - beta) * cells.mean(dim=1)
 
 
-def heatmaps_to_boxes(
-    heatmaps: Array,
+def self_boxes(
+    heatmap: np.ndarray | torch.Tensor,
     image_size: tuple[int, int],
-    beta: float | Array,
+    beta: float,
     multi: bool = False,
     min_area: float = 0.05,
-) -> SelfBoxes | list[tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Turn heatmaps into boxes in an image of any size.
+    Turn a heatmap into boxes in an image of any size.
 
     Args:
-        heatmaps: floating tensor or array of shape (N, h, w), covering the whole image.
-        image_size: (height, width) of the image in pixels, the same for all N.
-        beta: as in :func:`threshold`.
-        multi: return all components of a heatmap instead of the largest.
+        heatmap: floating tensor or array of shape (h, w), covering the whole image.
+        image_size: (height, width) of the image in pixels.
+        beta: of eq. 5, in [0, 1].
+        multi: return all components instead of the largest.
         min_area: with `multi`, components with less than this share of the largest one's pixels
             are dropped.
 
     Returns:
-        :class:`SelfBoxes`; with `multi` a list of N pairs (boxes (M, 4), scores (M,)) in the same
-        units, the highest score first, M = 0 where there is no box.
+        tuple: float32 CPU tensors, with n at most 1 unless `multi`, and 0 where there is no box.
+        Boxes (n, 4), (x0, y0, x1, y1) in image pixels: a box covers the pixels x0 <= x < x1,
+        y0 <= y < y1. Scores (n,), the peaks of the upsampled heat inside the components, in the
+        units of the heatmap, the highest first.
 
     Raises:
         ValueError: as :func:`threshold`, or `image_size` is not positive.
@@ -103,88 +80,50 @@ def heatmaps_to_boxes(
     height, width = (int(side) for side in image_size)
     if height < 1 or width < 1:
         raise ValueError(f"image_size must be (height, width) in pixels, got {image_size}.")
-    heatmaps = torch.as_tensor(heatmaps).detach().cpu().float()
-    cuts = threshold(heatmaps, torch.as_tensor(beta).cpu()).tolist()
-    grids = heatmaps.numpy()
-    cuts = [min(pair) for pair in zip(cuts, grids.max(axis=(1, 2)).tolist())]
-    found = [
-        _components(grid, cut, (height, width), multi, min_area) if peaked else _NOTHING
-        for grid, cut, peaked in zip(grids, cuts, _has_peak(grids))
-    ]
-    if multi:
-        return [(torch.from_numpy(rows[:, :4]), torch.from_numpy(rows[:, 4])) for rows in found]
-    valid = torch.tensor([len(rows) > 0 for rows in found], dtype=torch.bool)
-    rows = torch.zeros(len(found), 5)
-    if valid.any():
-        rows[valid] = torch.from_numpy(np.concatenate(found))
-    return SelfBoxes(rows[:, :4], rows[:, 4], valid)
-
-
-def self_boxes(
-    heatmap: torch.Tensor, image_size: tuple[int, int], beta: float, multi: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The self-boxes of one heatmap (h, w), on the CPU.
-
-    Returns:
-        tuple: boxes (n, 4), xyxy in pixels of ``image_size`` (H, W), and scores (n,), with n at
-        most 1 unless ``multi``.
-    """
-    found = heatmaps_to_boxes(heatmap[None].cpu(), image_size, beta, multi=multi)
-    if multi:
-        return found[0]
-    return found.boxes[found.valid], found.scores[found.valid]
-
-
-def _has_peak(grids: np.ndarray) -> np.ndarray:
-    """
-    Whether heatmaps (N, h, w) are finite and not constant.
-    """
-    low, high = grids.min(axis=(1, 2)).astype(float), grids.max(axis=(1, 2)).astype(float)
+    heatmap = torch.as_tensor(heatmap).detach().cpu().float()
+    cut, grid = threshold(heatmap[None], beta).item(), heatmap.numpy()
+    low, high = float(grid.min()), float(grid.max())
     # NaN and infinities end here, too: their comparisons are false, as is inf > inf.
-    with np.errstate(invalid="ignore"):
-        return high - low > _CONSTANT * np.maximum(np.abs(low), np.abs(high))
+    if not high - low > _CONSTANT * max(abs(low), abs(high)):
+        return torch.zeros(0, 4), torch.zeros(0)
+    share = min_area if multi else 1.0
+    rows = torch.from_numpy(_components(grid, min(cut, high), (height, width), share))
+    rows = rows if multi else rows[:1]
+    return rows[:, :4], rows[:, 4]
 
 
 def _components(
-    grid: np.ndarray, cut: float, image_size: tuple[int, int], multi: bool, min_area: float
+    grid: np.ndarray, cut: float, image_size: tuple[int, int], share: float
 ) -> np.ndarray:
     """
-    Args:
-        grid: float32 array of shape (h, w), one heatmap.
-        cut: its threshold, at most its maximum.
-        image_size: (height, width).
-        multi: all components, or the largest only.
-        min_area: as in :func:`heatmaps_to_boxes`.
-
-    Returns:
-        float32 array of shape (M, 5), box and peak of each component, the highest peak first.
+    Box and peak (n, 5), float32, of each component that has this share of the largest one's
+    pixels, the highest peak first, of a heatmap (h, w) and its threshold, at most its maximum.
     """
     # A pixel is a mean of up to four cells, so it can only reach the threshold beside a cell that
     # does: no other part of the map is upsampled and labelled.
     x, y, width, height = cv2.boundingRect((grid >= cut).view(np.uint8))
     top, bottom = _pixels_beside(y, y + height, grid.shape[0], image_size[0])
     left, right = _pixels_beside(x, x + width, grid.shape[1], image_size[1])
-    heat = _bilinear(grid, image_size, np.s_[top:bottom, left:right])
+    rows, columns = map(_pixel_weights, grid.shape, image_size)
+    heat = rows[top:bottom] @ (grid @ columns[left:right].T)
     mask = heat >= cut
     if not mask.any():
         top = left = 0
-        heat = _bilinear(grid, image_size, np.s_[:, :])
+        heat = rows @ (grid @ columns.T)
         mask = heat >= heat.max()
     # OpenCV's own statistics take several times as long as its labels.
     count, labels = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
-    kept, share = [1], min_area if multi else 1.0
+    kept = [1]
     if count > 2:
         areas = np.bincount(labels[mask])[1:]
         kept = 1 + np.flatnonzero(areas >= share * areas.max())
-    rows = np.empty((len(kept), 5), dtype=np.float32)
-    for row, component in zip(rows, kept):
+    found = np.empty((len(kept), 5), dtype=np.float32)
+    for row, component in zip(found, kept):
         pixels = (labels == component).view(np.uint8)
         x, y, width, height = cv2.boundingRect(pixels)
         _, peak, _, _ = cv2.minMaxLoc(heat, pixels)
         row[:] = left + x, top + y, left + x + width, top + y + height, peak
-    rows = rows[np.argsort(-rows[:, 4], kind="stable")]
-    return rows if multi else rows[:1]
+    return found[np.argsort(-found[:, 4], kind="stable")]
 
 
 def _pixels_beside(begin: int, end: int, num_cells: int, num_pixels: int) -> tuple[int, int]:
@@ -199,21 +138,11 @@ def _pixels_beside(begin: int, end: int, num_cells: int, num_pixels: int) -> tup
     return max(first, 0), min(last + 1, num_pixels)
 
 
-def _bilinear(
-    grid: np.ndarray, image_size: tuple[int, int], window: tuple[slice, slice]
-) -> np.ndarray:
-    """
-    A window of the upsampled heatmap, as `interpolate(mode="bilinear", align_corners=False)`.
-    """
-    rows = _pixel_weights(grid.shape[0], image_size[0])[window[0]]
-    columns = _pixel_weights(grid.shape[1], image_size[1])[window[1]]
-    return rows @ (grid @ columns.T)
-
-
 @lru_cache(maxsize=64)
 def _pixel_weights(num_cells: int, num_pixels: int) -> np.ndarray:
     """
-    Each pixel's weights of the cells, of shape (num_pixels, num_cells).
+    Each pixel's weights (num_pixels, num_cells) of the cells, as those of
+    `interpolate(mode="bilinear", align_corners=False)`.
     """
     return bilinear_weights((np.arange(num_pixels) + 0.5) * num_cells / num_pixels, num_cells)
 

@@ -13,7 +13,7 @@ from avdet2.config import add_avdet2_config
 from avdet2.engine import AVTrainer, load_cfg
 from avdet2.modeling.losses import Temperature, clustering_loss
 from avdet2.modeling.objectives import NCELoss
-from avdet2.modeling.self_box import heatmaps_to_boxes
+from avdet2.modeling.self_box import self_boxes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -216,8 +216,8 @@ def test_the_box_is_that_of_beta_s_middle(low, high):
     # Eq. 5 with 1 for the maximum and 0.5 for the mean: from 0.75 on, that is from column 48 on.
     assert box.tolist() == [48, 0, 64, 64]
     for beta, left in ((low, 48 - 32 * (0.5 - low)), (high, 48 + 32 * (high - 0.5))):
-        expected = heatmaps_to_boxes(heat, (64, 64), beta).boxes[0]
-        assert expected[0] == pytest.approx(left, abs=1)
+        boxes, _ = self_boxes(heat[0], (64, 64), beta)
+        assert boxes[0, 0] == pytest.approx(left, abs=1)
 
 
 def _peaks() -> torch.Tensor:

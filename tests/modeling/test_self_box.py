@@ -5,7 +5,7 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
-from avdet2.modeling.self_box import bilinear_weights, heatmaps_to_boxes, self_boxes, threshold
+from avdet2.modeling.self_box import bilinear_weights, self_boxes, threshold
 
 
 def _maps(count: int = 40, size: tuple[int, int] = (14, 14), seed: int = 0) -> np.ndarray:
@@ -17,6 +17,16 @@ def _maps(count: int = 40, size: tuple[int, int] = (14, 14), seed: int = 0) -> n
     for i, sigma in enumerate((0, 1, 2, 3) * (count // 4)):
         noise[i] = ndimage.gaussian_filter(noise[i], sigma)
     return noise.astype(np.float32)
+
+
+def _largest(heatmaps, size, betas) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Boxes (N, 4) and scores (N,) of heatmaps that have one box each.
+    """
+    betas = np.broadcast_to(np.asarray(betas), len(heatmaps))
+    found = [self_boxes(heatmap, size, beta) for heatmap, beta in zip(heatmaps, betas)]
+    assert all(boxes.shape == (1, 4) and scores.shape == (1,) for boxes, scores in found)
+    return tuple(torch.cat(each) for each in zip(*found))
 
 
 def _components_by_scipy(
@@ -46,9 +56,8 @@ def _on_grid(*rows: str) -> np.ndarray:
 
 
 def _box_on_grid(heatmap: np.ndarray, beta: float) -> tuple[list[float], float]:
-    found = heatmaps_to_boxes(heatmap[None], heatmap.shape, beta)
-    assert found.valid.tolist() == [True]
-    return found.boxes[0].tolist(), found.scores.item()
+    boxes, scores = _largest(heatmap[None], heatmap.shape, beta)
+    return boxes[0].tolist(), scores.item()
 
 
 def test_threshold_by_hand():
@@ -56,7 +65,6 @@ def test_threshold_by_hand():
     assert threshold(heatmaps, 1.0).tolist() == [5, 1]
     assert threshold(heatmaps, 0.0).tolist() == [2, 0]
     assert threshold(heatmaps, 0.5).tolist() == [3.5, 0.5]
-    assert threshold(heatmaps.numpy(), np.array([0.5, 0.25])).tolist() == [3.5, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -70,21 +78,20 @@ def test_threshold_by_hand():
     ],
 )
 def test_one_hot_cell_by_hand(beta, box):
-    heatmap = torch.zeros(1, 4, 4)
-    heatmap[0, 1, 2] = 1
-    found = heatmaps_to_boxes(heatmap, (8, 8), beta)
-    assert found.valid.tolist() == [True]
-    assert found.boxes.dtype == found.scores.dtype == torch.float32
-    assert found.boxes.tolist() == [box]
-    assert found.scores.tolist() == [9 / 16]
+    heatmap = torch.zeros(4, 4)
+    heatmap[1, 2] = 1
+    boxes, scores = self_boxes(heatmap, (8, 8), beta)
+    assert boxes.dtype == scores.dtype == torch.float32
+    assert boxes.tolist() == [box]
+    assert scores.tolist() == [9 / 16]
 
 
 def test_image_size_is_height_and_width():
-    heatmap = torch.zeros(1, 4, 4)
-    heatmap[0, 1, 2:] = 1
+    heatmap = torch.zeros(4, 4)
+    heatmap[1, 2:] = 1
     # Cells are 30 pixels high and 20 wide; a ramp between two cells is half way at their border.
-    box = heatmaps_to_boxes(heatmap, (120, 80), 0.42).boxes[0]
-    assert box.tolist() == [40, 30, 80, 60]
+    boxes, _ = self_boxes(heatmap, (120, 80), 0.42)
+    assert boxes.tolist() == [[40, 30, 80, 60]]
 
 
 def test_largest_component_wins_over_the_hottest():
@@ -113,19 +120,18 @@ def test_area_counts_pixels_not_the_box():
 def test_equals_scipy(size):
     heatmaps = _maps()
     betas = np.linspace(0.3, 0.95, len(heatmaps)).astype(np.float32)
-    found = heatmaps_to_boxes(heatmaps, size, betas)
-    assert found.valid.all()
+    boxes, scores = _largest(heatmaps, size, betas)
     for i, heatmap in enumerate(heatmaps):
         _, peak, box = _components_by_scipy(heatmap, size, betas[i])[0]
-        assert tuple(found.boxes[i].tolist()) == box
-        assert found.scores[i].item() == pytest.approx(peak, rel=1e-5)
+        assert tuple(boxes[i].tolist()) == box
+        assert scores[i].item() == pytest.approx(peak, rel=1e-5)
 
 
 def test_multi_equals_scipy():
     heatmaps = _maps(size=(10, 17))
-    found = heatmaps_to_boxes(heatmaps, (200, 300), 0.5, multi=True, min_area=0.2)
     dropped = several = 0
-    for (boxes, scores), heatmap in zip(found, heatmaps):
+    for heatmap in heatmaps:
+        boxes, scores = self_boxes(heatmap, (200, 300), 0.5, multi=True, min_area=0.2)
         expected = _components_by_scipy(heatmap, (200, 300), 0.5)
         kept = [x for x in expected if x[0] >= 0.2 * expected[0][0]]
         kept.sort(key=lambda x: -x[1])
@@ -138,14 +144,11 @@ def test_multi_equals_scipy():
 
 def test_multi_by_hand():
     heatmap = _on_grid("00000000", "08800007", "08800000", "00000000", "00090000")
-    (boxes, scores), (no_boxes, no_scores) = heatmaps_to_boxes(
-        np.stack([heatmap, np.zeros_like(heatmap)]), heatmap.shape, 0.6, multi=True, min_area=0.25
-    )
+    boxes, scores = self_boxes(heatmap, heatmap.shape, 0.6, multi=True, min_area=0.25)
     assert boxes.tolist() == [[3, 4, 4, 5], [1, 1, 3, 3], [7, 1, 8, 2]]
     assert scores.tolist() == [9, 8, 7]
-    assert no_boxes.shape == (0, 4) and no_scores.shape == (0,)
     # One pixel is less than .3 of four.
-    (boxes, _), *_ = heatmaps_to_boxes(heatmap[None], heatmap.shape, 0.6, multi=True, min_area=0.3)
+    boxes, _ = self_boxes(heatmap, heatmap.shape, 0.6, multi=True, min_area=0.3)
     assert boxes.tolist() == [[1, 1, 3, 3]]
 
 
@@ -160,15 +163,9 @@ def test_no_box(name, multi):
         assert bad.unique().numel() > 2
     else:
         bad = torch.full_like(bad, {"zero": 0.0, "constant": -0.3, "all nan": np.nan}[name])
-    good = torch.from_numpy(_maps(4)[3])
-    found = heatmaps_to_boxes(torch.stack([good, bad, good]), (60, 80), 0.8, multi=multi)
-    if multi:
-        assert [len(boxes) for boxes, _ in found] == [len(found[0][0]), 0, len(found[0][0])]
-        assert len(found[0][0]) > 0
-    else:
-        assert found.valid.tolist() == [True, False, True]
-        assert found.boxes[1].tolist() == [0, 0, 0, 0] and found.scores[1] == 0
-        assert torch.equal(found.boxes[0], found.boxes[2]) and found.boxes[0].sum() > 0
+    boxes, scores = self_boxes(bad, (60, 80), 0.8, multi)
+    assert boxes.shape == (0, 4) and scores.shape == (0,)
+    assert len(self_boxes(_maps(4)[3], (60, 80), 0.8, multi)[0]) > 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (14, 14), (15, 13), (64, 100)])
@@ -182,19 +179,18 @@ def test_every_map_with_a_peak_has_a_box_inside_the_image(size, beta):
     heatmaps[1, 3, 11] = 1
     # All but constant: eq. 5 may round to more than the maximum.
     heatmaps[2] = 1 + 3e-6 * heatmaps[2]
-    found = heatmaps_to_boxes(heatmaps, size, beta)
-    assert found.valid.all()
-    x0, y0, x1, y1 = found.boxes.unbind(dim=1)
+    boxes, _ = _largest(heatmaps, size, beta)
+    x0, y0, x1, y1 = boxes.unbind(dim=1)
     assert (0 <= x0).all() and (x0 < x1).all() and (x1 <= size[1]).all()
     assert (0 <= y0).all() and (y0 < y1).all() and (y1 <= size[0]).all()
-    assert torch.equal(found.boxes, found.boxes.round())
+    assert torch.equal(boxes, boxes.round())
 
 
 def test_larger_beta_smaller_box():
     y, x = np.mgrid[:14, :14]
     bump = np.exp(-((x - 6) ** 2 + (y - 8) ** 2) / 18.0)
     betas = np.linspace(0, 1, 21)
-    boxes = heatmaps_to_boxes(np.stack([bump] * 21), (224, 224), betas).boxes
+    boxes, _ = _largest([bump] * 21, (224, 224), betas)
     assert (boxes[1:, :2] >= boxes[:-1, :2]).all() and (boxes[1:, 2:] <= boxes[:-1, 2:]).all()
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     assert area[14] > 2 * area[18]
@@ -202,57 +198,44 @@ def test_larger_beta_smaller_box():
 
 def test_scale_and_offset_of_the_heat_do_not_matter():
     heatmaps = _maps()
-    first = heatmaps_to_boxes(heatmaps, (224, 224), 0.8)
+    boxes, scores = _largest(heatmaps, (224, 224), 0.8)
     # Powers of two, which do not round.
-    scaled = heatmaps_to_boxes(heatmaps * 2.0**-20, (224, 224), 0.8)
-    assert torch.equal(first.boxes, scaled.boxes)
-    assert torch.equal(first.scores * 2.0**-20, scaled.scores)
-    shifted = heatmaps_to_boxes(heatmaps.astype(np.float64) - 5, (224, 224), 0.8)
-    assert (first.boxes - shifted.boxes).abs().max() <= 1
+    scaled = _largest(heatmaps * 2.0**-20, (224, 224), 0.8)
+    assert torch.equal(boxes, scaled[0])
+    assert torch.equal(scores * 2.0**-20, scaled[1])
+    shifted, _ = _largest(heatmaps.astype(np.float64) - 5, (224, 224), 0.8)
+    assert (boxes - shifted).abs().max() <= 1
 
 
 def test_mirrored_map_mirrored_box():
     heatmaps = _maps()
-    first = heatmaps_to_boxes(heatmaps, (120, 160), 0.8).boxes
-    mirrored = heatmaps_to_boxes(heatmaps[:, :, ::-1].copy(), (120, 160), 0.8).boxes
+    first, _ = _largest(heatmaps, (120, 160), 0.8)
+    mirrored, _ = _largest(heatmaps[:, :, ::-1].copy(), (120, 160), 0.8)
     expected = torch.stack([160 - first[:, 2], first[:, 1], 160 - first[:, 0], first[:, 3]], dim=1)
     assert torch.equal(mirrored, expected)
 
 
-def test_maps_do_not_see_each_other():
-    heatmaps = torch.from_numpy(_maps())
-    betas = torch.linspace(0.6, 0.9, len(heatmaps))
-    together = heatmaps_to_boxes(heatmaps, (100, 100), betas)
-    alone = [heatmaps_to_boxes(heatmaps[i : i + 1], (100, 100), betas[i]) for i in range(40)]
-    assert torch.equal(together.boxes, torch.cat([found.boxes for found in alone]))
-    assert torch.equal(together.scores, torch.cat([found.scores for found in alone]))
-
-
 def test_kinds_of_input():
     heatmaps = torch.from_numpy(_maps()).half()
-    expected = heatmaps_to_boxes(heatmaps.float(), (50, 50), 0.8).boxes
+    expected, _ = _largest(heatmaps.float(), (50, 50), 0.8)
     strided = torch.stack([heatmaps, heatmaps], dim=3)[..., 0]
     for kind in (heatmaps, heatmaps.numpy(), heatmaps.double().requires_grad_(), strided):
-        assert torch.equal(heatmaps_to_boxes(kind, (50, 50), 0.8).boxes, expected)
-    empty = heatmaps_to_boxes(heatmaps[:0], (50, 50), 0.8)
-    assert empty.boxes.shape == (0, 4) and empty.scores.shape == empty.valid.shape == (0,)
-    assert heatmaps_to_boxes(heatmaps[:0], (50, 50), 0.8, multi=True) == []
+        assert torch.equal(_largest(kind, (50, 50), 0.8)[0], expected)
 
 
 @pytest.mark.parametrize(
     "shape, size, beta, message",
     [
-        ((14, 14), (50, 50), 0.8, r"\(N, h, w\)"),
-        ((2, 0, 14), (50, 50), 0.8, r"\(N, h, w\)"),
-        ((2, 14, 14), (50, 0), 0.8, "image_size"),
-        ((2, 14, 14), (50, 50), 1.1, "Beta"),
-        ((2, 14, 14), (50, 50), float("nan"), "Beta"),
-        ((2, 14, 14), (50, 50), [0.8, 0.8, 0.8], "one beta"),
+        ((2, 14, 14), (50, 50), 0.8, r"\(N, h, w\)"),
+        ((0, 14), (50, 50), 0.8, r"\(N, h, w\)"),
+        ((14, 14), (50, 0), 0.8, "image_size"),
+        ((14, 14), (50, 50), 1.1, "Beta"),
+        ((14, 14), (50, 50), float("nan"), "Beta"),
     ],
 )
 def test_bad_input_raises(shape, size, beta, message):
     with pytest.raises(ValueError, match=message):
-        heatmaps_to_boxes(torch.zeros(shape), size, beta)
+        self_boxes(torch.zeros(shape), size, beta)
 
 
 def test_bilinear_weights_interpolate():
@@ -261,17 +244,3 @@ def test_bilinear_weights_interpolate():
     # The value of cell i is that of its centre.
     expected = np.interp(places, np.arange(5) + 0.5, values)
     np.testing.assert_allclose(bilinear_weights(places, 5) @ values, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("multi", [False, True])
-def test_the_boxes_of_one_map(multi):
-    maps = torch.from_numpy(_maps(8))
-    for heatmap in (*maps, torch.zeros(14, 14)):
-        boxes, scores = self_boxes(heatmap, (140, 168), 0.8, multi)
-        found = heatmaps_to_boxes(heatmap[None], (140, 168), 0.8, multi=multi)
-        if multi:
-            assert torch.equal(boxes, found[0][0]) and torch.equal(scores, found[0][1])
-        else:
-            assert len(boxes) == len(scores) == int(found.valid)
-            assert torch.equal(boxes, found.boxes[found.valid])
-            assert torch.equal(scores, found.scores[found.valid])

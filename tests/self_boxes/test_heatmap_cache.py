@@ -29,7 +29,7 @@ from avdet2.data.media.video import MediaError
 from avdet2.data.prepared import writer as prepared_writer
 from avdet2.data.prepared.reader import PreparedClips, PrepareSettings
 from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
-from avdet2.modeling.self_box import heatmaps_to_boxes
+from avdet2.modeling.self_box import self_boxes
 from avdet2.self_boxes import heatmap_writer, window_maps
 from avdet2.self_boxes import mapper as self_box_mapper
 from avdet2.self_boxes.heatmap_cache import FAILURES, HeatmapCache, Heatmaps
@@ -279,8 +279,8 @@ def test_float16_is_enough():
     maps = maps.astype(np.float32)
     betas = rng.uniform(0.7, 0.9, 200)
     exact, stored = (
-        heatmaps_to_boxes(x, (224, 224), betas).boxes
-        for x in (maps, maps.astype(np.float16).astype(np.float32))
+        torch.cat([self_boxes(x, (224, 224), beta)[0] for x, beta in zip(kind, betas)])
+        for kind in (maps, maps.astype(np.float16).astype(np.float32))
     )
     assert _ious(exact, stored).mean() >= 0.999
 

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from avdet2.modeling.losses import heatmaps
 from avdet2.modeling.meta_arch import AVLocalizer
-from avdet2.modeling.self_box import heatmaps_to_boxes
+from avdet2.modeling.self_box import self_boxes
 from avdet2.self_boxes.folding import fold_batch_norms
 from avdet2.self_boxes.heatmap_writer import write_heatmaps
 from avdet2.self_boxes.mapper import SelfBoxMapper
@@ -122,7 +122,8 @@ def compare_boxes(report: Report, name: str, sigma: float, rounds: int) -> None:
     betas = np.random.default_rng(1).uniform(*BETA, MAPS).astype(np.float32)
 
     def own() -> np.ndarray:
-        return heatmaps_to_boxes(maps, (SIDE, SIDE), betas).boxes.numpy()
+        boxes = [self_boxes(x, (SIDE, SIDE), beta)[0] for x, beta in zip(maps, betas)]
+        return torch.cat(boxes).numpy()
 
     ways: dict[str, Callable[[], np.ndarray]] = {
         "avdet2": own,
