@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from avdet2.utils.collectives import all_reduce
 
@@ -72,7 +71,6 @@ def sinkhorn_labels(
     sk_lambda: float = 20.0,
     tol: float = 1e-6,
     max_iter: int = 2000,
-    process_group: dist.ProcessGroup | None = None,
 ) -> SinkhornResult:
     """
     Assign every row to a cluster so that the clusters have the asked sizes (eq. 2 under eq. 3).
@@ -89,11 +87,6 @@ def sinkhorn_labels(
         sk_lambda: sharpness of the soft assignment (SeLaVi's lambda), not the lambda of eq. 4.
         tol: stop when the L1 distance of column sums and marginals is at most this.
         max_iter: stop with a warning after this many passes over the rows.
-        process_group: processes that hold the other rows. None means the default group when
-            torch.distributed is initialized, else this process alone.
-
-    Returns:
-        A :class:`SinkhornResult`.
 
     Raises:
         ValueError: scores that are not a finite (N, K) matrix with N > 0 over all processes,
@@ -101,10 +94,10 @@ def sinkhorn_labels(
             process raises when one has a reason to.
     """
     problem = _find_problem(scores, marginals, sk_lambda, tol, max_iter)
-    total = _agree_on_input(scores, problem, process_group)
+    total = _agree_on_input(scores, problem)
     target = _as_vector([1.0] * scores.shape[1] if marginals is None else marginals)
     target = target / target.sum()
-    dual = _Dual(scores, target, sk_lambda / 2, total, process_group)
+    dual = _Dual(scores, target, sk_lambda / 2, total)
     bias, passes, error = _maximize(dual, target, tol, max_iter)
     if error > tol:
         logger.warning(
@@ -130,22 +123,17 @@ class _Dual:
         target: torch.Tensor,
         scale: float,
         total: int,
-        process_group: dist.ProcessGroup | None,
         cache: bool | None = None,
     ):
         # `total` counts the rows of all processes. `cache` defaults to True on the CPU only.
-        self.scores = scores.detach()
-        self.target = target
-        self.scale = scale
-        self.total = total
-        self.process_group = process_group
-        cache = scores.device.type == "cpu" if cache is None else cache
+        self.scores, self.target, self.scale, self.total = scores.detach(), target, scale, total
+        on_cpu = scores.device.type == "cpu"
+        self.cache = on_cpu if cache is None else cache
         num_rows, num_clusters = scores.shape
-        size = _CHUNK_BYTES["cpu" if scores.device.type == "cpu" else "cuda"]
+        size = _CHUNK_BYTES["cpu" if on_cpu else "cuda"]
         self.chunk = min(max(1, size // (8 * num_clusters)), max(1, num_rows))
-        stored = num_rows if cache else self.chunk
+        stored = num_rows if self.cache else self.chunk
         self.exps = scores.new_empty((stored, num_clusters), dtype=torch.float64)
-        self.cache = cache
         self.anchor: torch.Tensor | None = None
         self.offset = 0.0
 
@@ -173,7 +161,7 @@ class _Dual:
             self.offset = offset.item()
         loss = logs.item() + self.offset - len(self.scores) * torch.dot(self.target, bias).item()
         sums = torch.cat([(columns * weights).cpu(), torch.tensor([loss], dtype=torch.float64)])
-        sums = all_reduce(sums, self.process_group) / self.total
+        sums = all_reduce(sums) / self.total
         return -sums[-1].item(), sums[:-1]
 
     def labels(self, bias: torch.Tensor) -> torch.Tensor:
@@ -211,8 +199,6 @@ def _maximize(
 ) -> tuple[torch.Tensor, int, float]:
     """
     Find f, the passes this took and the L1 error left.
-
-    Accelerated steps that lower D are taken back and replaced by the plain one, which cannot.
     """
     accelerate = _Anderson(target.sqrt())
     bias = torch.zeros_like(target)
@@ -228,7 +214,7 @@ def _maximize(
         trial_value, trial_columns = dual(trial)
         passes += 1
         slack = _DUAL_PRECISION * (1.0 + abs(value))
-        # Written so that a NaN counts as fallen. The plain step is never rejected.
+        # Written so that a NaN counts as fallen. The plain step cannot lower D, and is kept.
         rejected = not rejected and not trial_value >= value - slack
         if rejected:
             radius = max(radius / 2, 1.0)
@@ -240,15 +226,14 @@ def _maximize(
 
 class _Anderson:
     """
-    Anderson acceleration (type II) of x <- x + g(x).
-
-    `weights` say what each entry of g counts in the least-squares fit.
+    Anderson acceleration (type II) of x <- x + g(x). `weights` are those of the entries of g in the
+    least-squares fit.
     """
 
     def __init__(self, weights: torch.Tensor):
         self.weights = weights[:, None]
-        self.points: deque = deque(maxlen=_ANDERSON_MEMORY + 1)
-        self.steps: deque = deque(maxlen=_ANDERSON_MEMORY + 1)
+        self.points = deque(maxlen=_ANDERSON_MEMORY + 1)
+        self.steps = deque(maxlen=_ANDERSON_MEMORY + 1)
 
     def __call__(self, point: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """
@@ -273,13 +258,8 @@ def gaussian_weights(num_clusters: int, sigma: float = 0.1, seed: int = 0) -> to
     To be drawn once and kept with the checkpoint; :func:`match_marginals` hands the sizes to
     clusters. (SeLaVi draws anew at each call, so labels change although the network has not.)
 
-    Args:
-        num_clusters: K.
-        sigma: relative spread of the sizes.
-        seed: seed of the draw.
-
     Returns:
-        Ascending float64 tensor of shape (K,).
+        Ascending float64 tensor of shape (num_clusters,).
     """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(num_clusters, generator=generator, dtype=torch.float64)
@@ -308,23 +288,16 @@ def match_marginals(weights: ArrayLike, mass: ArrayLike) -> torch.Tensor:
     return marginals / marginals.sum()
 
 
-def align_heads(
-    logits_v: torch.Tensor,
-    logits_a: torch.Tensor,
-    process_group: dist.ProcessGroup | None = None,
-) -> torch.Tensor:
+def align_heads(logits_v: torch.Tensor, logits_a: torch.Tensor) -> torch.Tensor:
     """
     Pair each visual cluster with the audio cluster that responds to the same clips.
 
-    Two heads that start at random number their clusters at random; summing them as eq. 6 does makes
-    sense only after they were brought into one order. The pairs maximise the summed covariance of
-    the two softmax outputs (Hungarian method). As in :func:`sinkhorn_labels`, every process of a
-    distributed run calls it with its own rows (even none) and gets the same answer.
+    Two heads that start at random number their clusters at random; eq. 6 can sum them only in one
+    order. The pairs maximise the summed covariance of the two softmax outputs (Hungarian method).
+    Every process calls it with its own rows (even none) and gets the same answer.
 
     Args:
-        logits_v: tensor of shape (N, K), g_v.
-        logits_a: tensor of shape (N, K), g_a of the same clips.
-        process_group: see :func:`sinkhorn_labels`.
+        logits_v, logits_a: tensors of shape (N, K), g_v and g_a of the same clips.
 
     Returns:
         int64 CPU tensor of shape (K,), a permutation: ``logits_a[:, permutation]``, or the audio
@@ -339,7 +312,7 @@ def align_heads(
     chunk = max(1, _CHUNK_BYTES["cpu"] // (8 * num_clusters))
     for visual, audio in zip(logits_v.split(chunk), logits_a.split(chunk)):
         sums.addmm_(visual.double().softmax(dim=1).t(), audio.double().softmax(dim=1))
-    sums = all_reduce(sums.cpu(), process_group)
+    sums = all_reduce(sums.cpu())
     covariance = sums - torch.outer(sums.sum(dim=1), sums.sum(dim=0)) / sums.sum()
     return torch.from_numpy(linear_sum_assignment(covariance.numpy(), maximize=True)[1])
 
@@ -376,14 +349,12 @@ def _find_problem(
     return None
 
 
-def _agree_on_input(
-    scores: torch.Tensor, problem: str | None, process_group: dist.ProcessGroup | None
-) -> int:
+def _agree_on_input(scores: torch.Tensor, problem: str | None) -> int:
     """
     Count the rows of all processes. All raise if one has a problem, so that none waits for ever.
     """
     facts = torch.tensor([problem is not None, 0 if problem else len(scores)], dtype=torch.float64)
-    problems, total = all_reduce(facts, process_group).tolist()
+    problems, total = all_reduce(facts).tolist()
     if problem:
         raise ValueError(problem)
     if problems:

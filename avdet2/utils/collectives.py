@@ -125,16 +125,13 @@ def _with_own(gathered: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 def all_reduce(
     values: torch.Tensor,
-    process_group: dist.ProcessGroup | None = None,
     op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
 ) -> torch.Tensor:
     """
-    Reduce a CPU tensor over the processes of a group, whatever connects them.
+    Reduce a CPU tensor over the processes, whatever connects them.
 
     Args:
         values: of one shape on all processes; may be written to.
-        process_group: None means the default group when torch.distributed is initialized, else
-            this process alone.
         op: what to do with the processes' values; by default their sum is taken.
 
     Returns:
@@ -143,9 +140,9 @@ def all_reduce(
     if not (dist.is_available() and dist.is_initialized()):
         return values
     # NCCL only takes tensors of the process's GPU.
-    if dist.get_backend(process_group) == "nccl":
+    if dist.get_backend() == "nccl":
         values = values.cuda()
-    dist.all_reduce(values, op=op, group=process_group)
+    dist.all_reduce(values, op=op)
     return values.cpu()
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from processes import run_on_processes, shard
 from scipy.special import logsumexp, softmax
 
@@ -150,7 +149,7 @@ def test_acceleration():
 @pytest.mark.parametrize("cache", [True, False])
 def test_dual_equals_scipy_wherever_it_is_asked(cache):
     scores, marginals = _random(), torch.full((6,), 1 / 6, dtype=torch.float64)
-    dual = _Dual(scores, marginals, 10.0, len(scores), None, cache=cache)
+    dual = _Dual(scores, marginals, 10.0, len(scores), cache=cache)
     # Several chunks, the last one shorter.
     dual.chunk = 64
     generator = torch.Generator().manual_seed(0)
@@ -328,10 +327,6 @@ def _on_each_process() -> dict:
     scores = _planted(ROWS)[own].clone()
     results = {"all": vars(sinkhorn_labels(scores))}
     results["aligned"] = align_heads(*(logits[own] for logits in _heads()))
-    if world_size == 3:
-        pair = dist.new_group([0, 2])
-        if rank != 1:
-            results["pair"] = vars(sinkhorn_labels(scores, process_group=pair))
     if rank == world_size - 1:
         scores[5, 1] = float("nan")
     try:
@@ -352,19 +347,14 @@ def processes(request, tmp_path_factory) -> list[dict]:
 def test_processes_equal_one(processes):
     expected = sinkhorn_labels(_planted(ROWS))
     shares = SHARES[len(processes)]
-    for name in ("all", "pair"):
-        ranks = [rank for rank, result in enumerate(processes) if name in result]
-        results = [processes[rank][name] for rank in ranks]
-        assert name == "all" or len(ranks) in (0, 2)
-        if not results:
-            continue
-        assert torch.equal(torch.cat([result["labels"] for result in results]), expected.labels)
-        assert [len(result["labels"]) for result in results] == [shares[rank] for rank in ranks]
-        for result in results:
-            # Not nearly: whatever differs between processes would drift apart.
-            assert torch.equal(result["bias"], results[0]["bias"])
-            assert result["passes"] == results[0]["passes"]
-            torch.testing.assert_close(result["bias"], expected.bias, atol=1e-3, rtol=0)
+    results = [process["all"] for process in processes]
+    assert torch.equal(torch.cat([result["labels"] for result in results]), expected.labels)
+    assert [len(result["labels"]) for result in results] == list(shares)
+    for result in results:
+        # Not nearly: whatever differs between processes would drift apart.
+        assert torch.equal(result["bias"], results[0]["bias"])
+        assert result["passes"] == results[0]["passes"]
+        torch.testing.assert_close(result["bias"], expected.bias, atol=1e-3, rtol=0)
 
 
 def test_processes_align_heads_as_one(processes):
