@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-What objectives share (the temperature, heatmaps, scores of pairs), and eq. 2, the clustering loss.
+What objectives share (the temperature, scores of pairs), and eq. 2, the clustering loss.
 """
 
 import math
@@ -40,8 +40,7 @@ class Temperature(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """
-        Returns:
-            Tensor: the scalar 1 / rho.
+        The scalar 1 / rho.
         """
         # The weight itself is bounded: clamping the result would leave a weight beyond the bound
         # without a gradient for good. Through .data, as autograd may hold the weight already.
@@ -53,26 +52,10 @@ class Temperature(nn.Module):
 
     def rho(self) -> float:
         """
-        Returns:
-            float: rho, for logs.
+        The number rho, for logs.
         """
         scale = self.rho_scale.item()
         return math.exp(-scale) if self.kind == "log" else 1 / scale
-
-
-def heatmaps(visual: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
-    """
-    Scalar product of every location with the sound of its own pair: rho * h_u of Sec. 3.1 where
-    both have unit length.
-
-    Args:
-        visual: of shape (N, D, h, w).
-        audio: of shape (N, D).
-
-    Returns:
-        Tensor: of shape (N, h, w); in [-1, 1] for vectors of unit length.
-    """
-    return torch.einsum("ndhw,nd->nhw", visual, audio)
 
 
 def attention(responses: torch.Tensor) -> torch.Tensor:
@@ -88,27 +71,6 @@ def attention(responses: torch.Tensor) -> torch.Tensor:
     return responses.relu().softmax(dim=-1)
 
 
-def pool_responses(responses: torch.Tensor, pool: str) -> torch.Tensor:
-    """
-    Scores of pairs from their responses at all locations.
-
-    Args:
-        responses: of shape (..., L).
-        pool: "max" (Sec. 3.1), "avg" (App. B, for pre-training), or "attention": the scalar product
-            of the sound and the visual vector that it attends to, which is the mean of the
-            responses under :func:`attention`.
-
-    Returns:
-        Tensor: of shape (...).
-    """
-    if pool == "max":
-        return responses.amax(dim=-1)
-    if pool == "avg":
-        return responses.mean(dim=-1)
-    check_pool(pool)
-    return (attention(responses) * responses).sum(dim=-1)
-
-
 def pair_scores(visual: torch.Tensor, audio: torch.Tensor, pool: str) -> torch.Tensor:
     """
     Scores rho * S(v, a) of all pairs of frames and sounds.
@@ -116,15 +78,21 @@ def pair_scores(visual: torch.Tensor, audio: torch.Tensor, pool: str) -> torch.T
     Args:
         visual: of shape (N, D, h, w).
         audio: of shape (M, D).
-        pool: see :func:`pool_responses`.
+        pool: of a frame's responses to a sound: "max" (Sec. 3.1), "avg" (App. B, for pre-training),
+            or "attention": the scalar product of the sound and the visual vector that it attends
+            to, which is the mean of the responses under :func:`attention`.
 
     Returns:
         Tensor: of shape (N, M).
     """
+    check_pool(pool)
     if pool == "avg":
         # The average of the heatmap is the heatmap of the average: one matrix product.
         return visual.mean(dim=(2, 3)) @ audio.t()
-    return pool_responses(torch.matmul(audio, visual.flatten(2)), pool)
+    responses = torch.matmul(audio, visual.flatten(2))
+    if pool == "max":
+        return responses.amax(dim=-1)
+    return (attention(responses) * responses).sum(dim=-1)
 
 
 def check_pool(pool: str) -> None:

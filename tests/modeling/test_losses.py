@@ -15,9 +15,7 @@ from avdet2.modeling.losses import (
     Temperature,
     attention,
     clustering_loss,
-    heatmaps,
     pair_scores,
-    pool_responses,
 )
 from avdet2.modeling.objectives import NCELoss
 
@@ -107,7 +105,7 @@ def test_nce_of_two_pairs_by_hand():
 
 def test_scores_are_pooled_heatmaps():
     visual, audio = _features()
-    maps = heatmaps(visual, audio)
+    maps = _nce().heatmaps(visual, audio)
     assert maps.shape == (PAIRS, HEIGHT, WIDTH)
     assert maps.abs().max() <= 1
     own = torch.stack([(visual[i] * audio[i, :, None, None]).sum(dim=0) for i in range(PAIRS)])
@@ -120,14 +118,16 @@ def test_attention_to_a_map_without_a_peak_is_the_mean():
     for value in (0.3, 0.0, -0.8):
         torch.testing.assert_close(attention(torch.full((2, 6), value)), torch.full((2, 6), 1 / 6))
     # What is below zero is rectified: a map that is negative everywhere is as flat as any.
-    responses = torch.tensor([[-0.1, -0.9, -0.4, -0.6]])
-    torch.testing.assert_close(pool_responses(responses, "attention"), torch.tensor([-0.5]))
+    responses = torch.tensor([[[[-0.1, -0.9], [-0.4, -0.6]]]])
+    scores = pair_scores(responses, torch.ones(1, 1), "attention")
+    torch.testing.assert_close(scores, torch.tensor([[-0.5]]))
 
 
 def test_attention_to_a_single_high_peak_is_that_location():
     responses = torch.tensor([[0.0, 90.0, 0.0], [70.0, 0.0, -5.0]])
     torch.testing.assert_close(attention(responses), torch.eye(3)[[1, 0]])
-    torch.testing.assert_close(pool_responses(responses, "attention"), torch.tensor([90.0, 70.0]))
+    scores = pair_scores(responses[:, None, None], torch.ones(1, 1), "attention")
+    torch.testing.assert_close(scores, torch.tensor([[90.0], [70.0]]))
     # In between, it is a softmax: e^1 and e^0 twice.
     shares = attention(torch.tensor([1.0, 0.0, -3.0])).tolist()
     assert shares == pytest.approx([math.e / (math.e + 2), *2 * [1 / (math.e + 2)]])

@@ -8,7 +8,7 @@ from detectron2.config import get_cfg
 from detectron2.utils.events import EventStorage
 
 from avdet2.config import add_avdet2_config
-from avdet2.modeling.losses import Temperature, heatmaps
+from avdet2.modeling.losses import Temperature
 from avdet2.modeling.objectives import (
     OBJECTIVE_REGISTRY,
     CorrespondenceLoss,
@@ -184,7 +184,7 @@ def test_a_new_objective_is_a_class_and_a_name():
             return distance.mean(), (distance < 1).float().mean()
 
         def heatmaps(self, visual, audio):
-            return 3 * heatmaps(visual, audio)
+            return 3 * super().heatmaps(visual, audio)
 
         def metrics(self, accuracy):
             return {**super().metrics(accuracy), "three": 3.0}

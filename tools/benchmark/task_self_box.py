@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from avdet2.modeling.losses import heatmaps
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.modeling.self_box import self_boxes
 from avdet2.self_boxes.folding import fold_batch_norms
@@ -190,7 +189,7 @@ def _plain_maps(localizer: AVLocalizer, pair: list[dict]) -> torch.Tensor:
     """
     images, spectrograms = localizer.preprocess(pair)
     features = localizer.extract(images.contiguous(), spectrograms.contiguous())
-    return heatmaps(features.visual, features.audio)
+    return localizer.objective.heatmaps(features.visual, features.audio)
 
 
 def _compare_mappers(

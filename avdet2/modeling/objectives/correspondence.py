@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Objects that Sound (AVOL-Net): does this sound belong to this frame?
+The loss of "Objects that Sound".
 """
 
 import torch
@@ -9,17 +9,22 @@ from torch import nn
 
 from detectron2.config import CfgNode
 
-from avdet2.modeling.losses import Temperature, check_pool, pair_scores
-from avdet2.modeling.objectives.objective import OBJECTIVE_REGISTRY, Objective, check_batch
+from avdet2.modeling.losses import Temperature, pair_scores
+from avdet2.modeling.objectives.objective import (
+    OBJECTIVE_REGISTRY,
+    Objective,
+    ScaledObjective,
+    build_temperature,
+    check_batch,
+)
 
 
 @OBJECTIVE_REGISTRY.register()
 def bce(node: CfgNode) -> "CorrespondenceLoss":
-    temperature = Temperature(node.RHO_PARAM, node.RHO_INIT, node.MAX_SCALE)
-    return CorrespondenceLoss(temperature, node.POOL, normalize=node.NORMALIZE)
+    return CorrespondenceLoss(build_temperature(node), node.POOL, node.NORMALIZE)
 
 
-class CorrespondenceLoss(Objective):
+class CorrespondenceLoss(ScaledObjective):
     """
     The loss of Objects that Sound (AVOL-Net): does this sound belong to this frame?
 
@@ -42,12 +47,9 @@ class CorrespondenceLoss(Objective):
         """
         Args:
             temperature: gives the scale.
-            pool: "max" is AVOL-Net's; see :func:`avdet2.modeling.losses.pool_responses`.
-            normalize: scale embeddings to unit length; AVOL-Net does not.
+            pool, normalize: see :class:`ScaledObjective`; AVOL-Net has "max" and False.
         """
-        super().__init__(normalize)
-        check_pool(pool)
-        self.temperature, self.pool = temperature, pool
+        super().__init__(temperature, pool, normalize)
         self.shift = nn.Parameter(torch.zeros(()))
 
     def logits(self, scores: torch.Tensor) -> torch.Tensor:
@@ -64,9 +66,6 @@ class CorrespondenceLoss(Objective):
 
     def confidence(self, heat: torch.Tensor) -> torch.Tensor:
         return heat
-
-    def metrics(self, accuracy: torch.Tensor) -> dict[str, float]:
-        return {**super().metrics(accuracy), "rho": self.temperature.rho()}
 
     def forward(
         self, visual: torch.Tensor, audio: torch.Tensor

@@ -9,20 +9,22 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from avdet2.modeling.losses import Temperature, check_pool, pair_scores
-from avdet2.modeling.objectives.objective import OBJECTIVE_REGISTRY, Objective
+from avdet2.modeling.losses import Temperature, pair_scores
+from avdet2.modeling.objectives.objective import (
+    OBJECTIVE_REGISTRY,
+    ScaledObjective,
+    build_temperature,
+)
 from avdet2.utils.collectives import all_gather_with_grad, exchange_columns
 
 
 @OBJECTIVE_REGISTRY.register()
 def nce(node: CfgNode) -> "NCELoss":
-    temperature = Temperature(node.RHO_PARAM, node.RHO_INIT, node.MAX_SCALE)
-    return NCELoss(
-        temperature, node.POOL, node.GATHER, node.GATHER_GRADIENTS, normalize=node.NORMALIZE
-    )
+    temperature = build_temperature(node)
+    return NCELoss(temperature, node.POOL, node.GATHER, node.GATHER_GRADIENTS, node.NORMALIZE)
 
 
-class NCELoss(Objective):
+class NCELoss(ScaledObjective):
     """
     Eq. 1: the mean of both directions' cross-entropies over the pairs of a batch.
 
@@ -49,19 +51,12 @@ class NCELoss(Objective):
     ) -> None:
         """
         Args:
-            temperature: gives 1 / rho.
-            pool: see :func:`avdet2.modeling.losses.pool_responses`.
+            temperature, pool, normalize: see :class:`ScaledObjective`.
             gather: take negatives from all processes.
             gather_gradients: and send them their gradients.
-            normalize: scale embeddings to unit length.
         """
-        super().__init__(normalize)
-        check_pool(pool)
-        self.temperature, self.pool = temperature, pool
+        super().__init__(temperature, pool, normalize)
         self.gather, self.gather_gradients = gather, gather_gradients
-
-    def metrics(self, accuracy: torch.Tensor) -> dict[str, float]:
-        return {**super().metrics(accuracy), "rho": self.temperature.rho()}
 
     def forward(
         self, visual: torch.Tensor, audio: torch.Tensor
@@ -70,8 +65,7 @@ class NCELoss(Objective):
         Returns:
             tuple: the loss, and the share of frames whose own sound scores highest, both scalars.
         """
-        offset = 0
-        rows_audio = audio
+        offset, rows_audio = 0, audio
         if self.gather:
             offset = comm.get_rank() * len(audio)
             rows_audio = all_gather_with_grad(audio, self.gather_gradients)

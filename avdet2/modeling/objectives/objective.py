@@ -10,7 +10,7 @@ from torch import nn
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
-from avdet2.modeling.losses import heatmaps
+from avdet2.modeling.losses import Temperature, check_pool
 
 OBJECTIVE_REGISTRY = Registry("OBJECTIVE")
 OBJECTIVE_REGISTRY.__doc__ = """
@@ -65,7 +65,7 @@ class Objective(nn.Module):
         Heatmaps (N, h, w) of embeddings: cosines in [-1, 1] (rho * h of the paper: eq. 5 gives the
         same boxes for both), or scalar products where embeddings are not normalised.
         """
-        return heatmaps(visual, audio)
+        return torch.einsum("ndhw,nd->nhw", visual, audio)
 
     def confidence(self, heat: torch.Tensor) -> torch.Tensor:
         """
@@ -76,11 +76,35 @@ class Objective(nn.Module):
     def metrics(self, accuracy: torch.Tensor) -> dict[str, float]:
         """
         What is logged now and then: on a GPU, reading it waits for the device.
-
-        Args:
-            accuracy: of :meth:`forward`.
         """
         return {"accuracy": accuracy.item()}
+
+
+class ScaledObjective(Objective):
+    """
+    An objective of scores of pairs that are scaled by the learnable temperature.
+    """
+
+    def __init__(self, temperature: Temperature, pool: str = "max", normalize: bool = True) -> None:
+        """
+        Args:
+            temperature: gives 1 / rho.
+            pool: see :func:`avdet2.modeling.losses.pair_scores`.
+            normalize: scale embeddings to unit length.
+        """
+        super().__init__(normalize)
+        check_pool(pool)
+        self.temperature, self.pool = temperature, pool
+
+    def metrics(self, accuracy: torch.Tensor) -> dict[str, float]:
+        return {**super().metrics(accuracy), "rho": self.temperature.rho()}
+
+
+def build_temperature(node: CfgNode) -> Temperature:
+    """
+    The temperature of cfg.MODEL.LOCALIZER.
+    """
+    return Temperature(node.RHO_PARAM, node.RHO_INIT, node.MAX_SCALE)
 
 
 def build_objective(node: CfgNode) -> Objective:

@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Senocak et al.'s loss: what a sound attends to lies nearer to it than to another sound.
+The loss of "Learning to Localize Sound Source in Visual Scenes" (Senocak et al.).
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from detectron2.config import CfgNode
 
-from avdet2.modeling.losses import attention, heatmaps
+from avdet2.modeling.losses import attention
 from avdet2.modeling.objectives.objective import OBJECTIVE_REGISTRY, Objective, check_batch
 
 
@@ -60,7 +60,7 @@ class TripletLoss(Objective):
             ValueError: a single pair, which has no mismatched one.
         """
         check_batch(audio)
-        weights = attention(heatmaps(visual, audio).flatten(1))
+        weights = attention(self.heatmaps(visual, audio).flatten(1))
         attended = torch.einsum("ndl,nl->nd", visual.flatten(2), weights)
         own = F.pairwise_distance(attended, audio)
         other = F.pairwise_distance(attended, audio.roll(-1, dims=0))
