@@ -24,9 +24,10 @@ from avdet2.config_file import load_cfg
 from avdet2.data import AVMapper
 from avdet2.data.clips import training_clips
 from avdet2.engine.defaults import use_own_videos
-from avdet2.modeling.object_dictionary import cluster_objects, pair_vectors, save_dictionary
+from avdet2.modeling.object_dictionary import cluster_objects, object_vectors, save_dictionary
 from avdet2.self_boxes.inference import predict_clips
 from avdet2.self_boxes.teacher import build_localizer
+from avdet2.structures.batch import Batch
 
 BATCH_SIZE = 64
 
@@ -41,6 +42,11 @@ def main(args: argparse.Namespace) -> None:
     cfg.MODEL.LOCALIZER.OBJECT_DICTIONARY = ""
     use_own_videos(cfg, os.path.dirname(args.config_file))
     model = build_localizer(cfg, args.config_file, cfg.MODEL.WEIGHTS)
+
+    def vectors_of(batch: Batch) -> torch.Tensor:
+        maps, features = model.localize(batch)
+        return object_vectors(features.visual, maps).cpu()
+
     clips, _ = training_clips(cfg.DATASETS.TRAIN)
     batches = predict_clips(
         model,
@@ -48,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         AVMapper(cfg, "center"),
         BATCH_SIZE,
         cfg.DATALOADER.NUM_WORKERS,
-        call=lambda batch: pair_vectors(model, batch),
+        call=vectors_of,
     )
     vectors = []
     with tqdm(total=len(clips), unit="clip") as progress:

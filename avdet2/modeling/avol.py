@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
@@ -78,11 +79,7 @@ class AVOLEncoder(Backbone):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        Args:
-            x: of shape (N, in_channels, H, W).
-
-        Returns:
-            dict[str, Tensor]: the maps named in ``out_features``.
+        The maps named in ``out_features``, by name, of x (N, in_channels, H, W).
         """
         outputs = {}
         for name, pool in zip(self._out_feature_channels, self.pools):
@@ -110,23 +107,17 @@ def _conv(in_channels: int, out_channels: int, stride: int, norm: str) -> Conv2d
 
 
 @BACKBONE_REGISTRY.register()
-def build_avol_backbone(cfg, input_shape: ShapeSpec) -> AVOLEncoder:
+def build_avol_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> AVOLEncoder:
     """
     The visual encoder of AVOL-Net, from cfg.MODEL.AVOL.
     """
     node = cfg.MODEL.AVOL
-    return AVOLEncoder(
-        input_shape.channels,
-        node.CHANNELS,
-        node.STEM_STRIDE,
-        node.POOLS,
-        node.NORM,
-        node.OUT_FEATURES,
-    )
+    settings = node.CHANNELS, node.STEM_STRIDE, node.POOLS, node.NORM, node.OUT_FEATURES
+    return AVOLEncoder(input_shape.channels, *settings)
 
 
 @BACKBONE_REGISTRY.register()
-def build_avol_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+def build_avol_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
     A stock FPN on AVOL-Net (cfg.MODEL.FPN.IN_FEATURES of cfg.MODEL.AVOL), with one more level by
     max-pooling: a detector's backbone that can start from a localizer's visual encoder.
@@ -149,31 +140,15 @@ def build_avol_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
 @AUDIO_ENCODER_REGISTRY.register()
 class AVOLAudioEncoder(AVOLEncoder):
     """
-    AVOL-Net's audio encoder: (N, 1, F, T) to the map of its last block, (N, C, f, t).
+    AVOL-Net's audio encoder: (N, 1, F, T) to the map of its last block, (N, C, f, t). Its settings
+    are cfg.MODEL.LOCALIZER.AUDIO_ENCODER.
     """
 
-    def __init__(self, cfg) -> None:
-        """
-        Args:
-            cfg: a config, of which MODEL.LOCALIZER.AUDIO_ENCODER is read.
-        """
-        node = cfg.MODEL.LOCALIZER.AUDIO_ENCODER
-        super().__init__(
-            1,
-            node.CHANNELS,
-            node.STEM_STRIDE,
-            node.POOLS,
-            cfg.MODEL.LOCALIZER.NORM,
-            (f"conv{len(node.CHANNELS)}",),
-        )
+    def __init__(self, cfg: CfgNode) -> None:
+        node, norm = cfg.MODEL.LOCALIZER.AUDIO_ENCODER, cfg.MODEL.LOCALIZER.NORM
+        last = f"conv{len(node.CHANNELS)}"
+        super().__init__(1, node.CHANNELS, node.STEM_STRIDE, node.POOLS, norm, (last,))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: of shape (N, 1, F, T).
-
-        Returns:
-            Tensor: of shape (N, C, f, t).
-        """
         (features,) = super().forward(x).values()
         return features

@@ -17,13 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from detectron2.utils.file_io import PathManager
 
 from avdet2.checkpoint.reading import load_checkpoint
 from avdet2.modeling.self_box import threshold
-from avdet2.structures.batch import Batch
 from avdet2.utils.files import write_whole
 
 # Beta of eq. 5 for the mask: a part of the object will do, but nothing of the background.
@@ -48,14 +46,6 @@ def object_vectors(features: torch.Tensor, heatmaps: torch.Tensor) -> torch.Tens
     cuts = torch.minimum(cuts, heatmaps.amax(dim=(1, 2)))
     mask = (heatmaps >= cuts[:, None, None]).to(features)
     return F.normalize(torch.einsum("ndhw,nhw->nd", features, mask), dim=1)
-
-
-def pair_vectors(localizer: nn.Module, batched_inputs: Batch) -> list[torch.Tensor]:
-    """
-    The :func:`object_vectors` (D,) of pairs whose images have one size, on the CPU.
-    """
-    maps, features = localizer.localize(batched_inputs)
-    return list(object_vectors(features.visual, maps).cpu())
 
 
 def cluster_objects(vectors: torch.Tensor, num_objects: int, seed: int = 0) -> torch.Tensor:

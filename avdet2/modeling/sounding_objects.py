@@ -114,9 +114,6 @@ class KnownObjects(SoundingObject):
         )
 
     def logits(self, visual: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        """
-        Cosines of what is heard with the entries.
-        """
         return object_vectors(visual, maps) @ self.objects.t()
 
     def forward(

@@ -35,7 +35,10 @@ def replace_sync_bn(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.SyncBatchNorm):
-                setattr(parent, name, _replacement(child))
+                new = AnySyncBatchNorm(child.num_features, child.eps, child.momentum)
+                # The very same tensors.
+                new._parameters, new._buffers = child._parameters, child._buffers
+                setattr(parent, name, new.train(child.training))
                 count += 1
     if count:
         logger.info(
@@ -43,10 +46,3 @@ def replace_sync_bn(model: nn.Module) -> int:
             "NaiveSyncBatchNorm"
         )
     return count
-
-
-def _replacement(norm: nn.SyncBatchNorm) -> AnySyncBatchNorm:
-    new = AnySyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
-    # The very same tensors.
-    new._parameters, new._buffers = norm._parameters, norm._buffers
-    return new.train(norm.training)

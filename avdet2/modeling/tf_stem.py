@@ -26,13 +26,10 @@ from detectron2.modeling.backbone.resnet import BasicStem, ResNet, build_resnet_
 
 def same_max_pool(x: torch.Tensor) -> torch.Tensor:
     """
-    Max-pooling 3x3 of stride 2 with TensorFlow's padding "SAME".
+    Max-pooling 3x3 of stride 2 with TensorFlow's padding "SAME", of x (N, C, H, W), not negative.
 
     The output has ceil(size / 2) rows and columns, which takes size % 2 of padding before and 1
     behind.
-
-    Args:
-        x: of shape (N, C, H, W), not negative.
     """
     height, width = x.shape[-2:]
     # Zeros never win over values that are not negative, and every window has one of these.
@@ -45,9 +42,6 @@ class TFStem(BasicStem):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Maps of shape (N, out_channels, H / 4, W / 4) of images (N, in_channels, H, W).
-        """
         return same_max_pool(F.relu_(self.conv1(x)))
 
 

@@ -77,17 +77,16 @@ def export_self_boxes(
     gathered = [entry for part in comm.gather(local) for entry in part]
     if not comm.is_main_process():
         return None
+    names = cluster_names(model.num_clusters or cfg.MODEL.LOCALIZER.NUM_CLUSTERS)
     coco = {
         "info": {"description": "self-boxes and self-labels by avdet2"},
         "images": [image for image, _ in gathered],
         "annotations": [annotation for _, boxes in gathered for annotation in boxes],
-        "categories": [
-            {"id": i + 1, "name": name} for i, name in enumerate(cluster_names(model.num_clusters))
-        ],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
     }
     # Some readers take an annotation with the id 0 for none.
-    for i, annotation in enumerate(coco["annotations"]):
-        annotation["id"] = i + 1
+    for i, annotation in enumerate(coco["annotations"], 1):
+        annotation["id"] = i
     with write_whole(os.path.join(output_dir, "annotations.json")) as part:
         part.write_text(json.dumps(coco))
     return coco

@@ -67,7 +67,7 @@ def write_heatmaps(
     settings = {
         "sha256": file_hash(weights),
         "stride": localizer.visual_stride,
-        "num_clusters": localizer.num_clusters if localizer.has_clusters else 0,
+        "num_clusters": localizer.num_clusters,
         "config": heatmap_config(cfg),
         "prepared": clips.settings,
     }

@@ -75,7 +75,7 @@ class LocalizerMaps:
         """
         node = cfg.INPUT.AV
         self.localizer, self.image_format = fold_batch_norms(localizer), cfg.INPUT.FORMAT
-        self.num_clusters = localizer.num_clusters if localizer.has_clusters else 0
+        self.num_clusters = localizer.num_clusters
         self.crop_size, self.window_fraction = node.CROP_SIZE, node.CROP_SIZE / node.FRAME_SIZE
         reader = ClipReader(prepared, node.AUDIO_SECONDS, node.SAMPLE_RATE)
         self.sampler = ClipSampler(reader, node.AUDIO_SECONDS, training=True)

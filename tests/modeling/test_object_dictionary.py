@@ -18,7 +18,6 @@ from avdet2.modeling.object_dictionary import (
     heard_objects,
     load_dictionary,
     object_vectors,
-    pair_vectors,
     save_dictionary,
 )
 
@@ -196,8 +195,8 @@ def test_a_localizer_with_a_dictionary(dictionary, keys):
     assert set(model.state_dict()) == set(plain.state_dict())
     assert model.has_clusters and model.num_clusters == 9
     objects = load_dictionary(dictionary, DIM)
-    maps, features = model.localize(batch)
-    vectors = pair_vectors(plain, batch)
+    maps, features = plain.localize(batch)
+    vectors = object_vectors(features.visual, maps)
     for i, output in enumerate(model(batch)):
         torch.testing.assert_close(output["heatmap"], maps[i])
         nearest = (objects @ vectors[i]).argmax()

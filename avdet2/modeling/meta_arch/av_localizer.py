@@ -4,7 +4,7 @@ The audio-visual localizer and clusterer: stages 1 and 2, and, frozen, what stag
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,11 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from avdet2.modeling.avol import AUDIO_ENCODER_REGISTRY
 from avdet2.modeling.heads import HeadSettings, MLPHead, global_pool, joint_cluster
 from avdet2.modeling.losses import clustering_loss
-from avdet2.modeling.meta_arch.common import due_storage, normalize
+from avdet2.modeling.meta_arch.common import log_metrics, normalize
 from avdet2.modeling.objectives import Objective, build_objective
 from avdet2.modeling.sounding_objects import SoundingObject, build_sounding_objects
 from avdet2.modeling.spectrogram import LogSpectrogram
 from avdet2.structures.batch import Batch, sample_ids_on, stacked_on
-
-_T = TypeVar("_T")
 
 
 class PairFeatures(NamedTuple):
@@ -99,7 +97,9 @@ class AVLocalizer(nn.Module):
             self.cls_v = MLPHead(visual_dim, heads, heads.num_clusters)
             self.cls_a = MLPHead(audio_dim, heads, heads.num_clusters)
         self.sounding = sounding
-        self.num_clusters = sounding.num_clusters or heads.num_clusters
+        # 0 without clusters.
+        of_heads = heads.num_clusters if self.has_heads else 0
+        self.num_clusters = sounding.num_clusters or of_heads
         # Labels y of all training clips by sample_id, set by SelfLabelHook and saved with it.
         self.register_buffer("labels", torch.empty(0, dtype=torch.long), persistent=False)
         for name, values in zip(("pixel_mean", "pixel_std"), pixel_stats, strict=True):
@@ -128,7 +128,7 @@ class AVLocalizer(nn.Module):
         """
         Whether there are clusters: those of the heads, or the entries of the dictionary.
         """
-        return self.has_heads or self.sounding.num_clusters > 0
+        return self.num_clusters > 0
 
     @property
     def device(self) -> torch.device:
@@ -197,11 +197,10 @@ class AVLocalizer(nn.Module):
         Run encoders and heads on what :meth:`preprocess` returns. The features are float32, also
         under autocast.
         """
-        encoders = self.visual_encoder, self.audio_encoder
-        if self.training and self._compiled:
-            encoders = self._compiled
-        visual = encoders[0](images)[self.visual_feature]
-        audio = global_pool(encoders[1](spectrograms))
+        compiled = self._compiled if self.training else ()
+        visual_encoder, audio_encoder = compiled or (self.visual_encoder, self.audio_encoder)
+        visual = visual_encoder(images)[self.visual_feature]
+        audio = global_pool(audio_encoder(spectrograms))
         logits_v = logits_a = None
         if self.has_heads:
             logits_v = self.cls_v(global_pool(visual)).flatten(1).float()
@@ -222,15 +221,8 @@ class AVLocalizer(nn.Module):
                 labels = self._labels_of(batched_inputs)
                 loss = clustering_loss(features.logits_v, features.logits_a, labels)
                 losses["loss_cluster"] = (1 - self.objective_weight) * loss
-        self._log(accuracy)
+        log_metrics(self.objective.name, self.device, lambda: self.objective.metrics(accuracy))
         return losses
-
-    def _log(self, accuracy: torch.Tensor) -> None:
-        storage, on_cpu = due_storage(self.device), self.device.type == "cpu"
-        if storage is None:
-            return
-        for key, value in self.objective.metrics(accuracy).items():
-            storage.put_scalar(f"{self.objective.name}/{key}", value, smoothing_hint=on_cpu)
 
     def _labels_of(self, batched_inputs: Batch) -> torch.Tensor:
         if not len(self.labels):
@@ -274,15 +266,8 @@ class AVLocalizer(nn.Module):
                 found = self.sounding(
                     maps[i], features.visual[i], clusters[i], self.objective, size
                 )
-            outputs.append(
-                {
-                    "heatmap": maps[i],
-                    "logits_v": logits_v[i],
-                    "logits_a": logits_a[i],
-                    "embed_a": features.audio[i],
-                    **found,
-                }
-            )
+            logits = {"logits_v": logits_v[i], "logits_a": logits_a[i]}
+            outputs.append({"heatmap": maps[i], **logits, "embed_a": features.audio[i], **found})
         return outputs
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
@@ -293,13 +278,10 @@ class AVLocalizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def current_names(state: Mapping[str, _T], prefix: str = "") -> dict[str, _T]:
+def current_names(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
-    A localizer's state with the names that tensors have today: the objective was once called nce.
-
-    Args:
-        state: of a checkpoint.
-        prefix: what stands before the localizer's names.
+    A checkpoint's state with the names that tensors of a localizer (behind ``prefix``) have today:
+    the objective was once called nce.
     """
     old, new = f"{prefix}nce.", f"{prefix}objective."
     return {

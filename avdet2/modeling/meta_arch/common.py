@@ -3,21 +3,29 @@
 What the meta-architectures have in common.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from detectron2.utils.events import EventStorage, get_event_storage
+from detectron2.utils.events import get_event_storage
 
 # Iterations between two looks at what is logged: on a GPU each of them waits for the device.
 LOG_PERIOD = 20
 
 
-def due_storage(device: torch.device) -> EventStorage | None:
+def log_metrics(name: str, device: torch.device, metrics: Callable[[], dict[str, float]]) -> None:
     """
-    The event storage where a model may log in this iteration: on a CPU in each, elsewhere, where a
-    look waits for the device, in every LOG_PERIODth.
+    Log numbers as "name/key": on a CPU in each iteration, elsewhere in every LOG_PERIODth.
+
+    Args:
+        name: of what they tell about.
+        device: of the model.
+        metrics: reads the numbers from the device.
     """
-    storage = get_event_storage()
-    return storage if device.type == "cpu" or storage.iter % LOG_PERIOD == 0 else None
+    storage, on_cpu = get_event_storage(), device.type == "cpu"
+    if on_cpu or storage.iter % LOG_PERIOD == 0:
+        for key, value in metrics().items():
+            storage.put_scalar(f"{name}/{key}", value, smoothing_hint=on_cpu)
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

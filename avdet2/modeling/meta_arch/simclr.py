@@ -16,7 +16,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
 from avdet2.modeling.heads import global_pool
-from avdet2.modeling.meta_arch.common import due_storage, normalize
+from avdet2.modeling.meta_arch.common import log_metrics, normalize
 from avdet2.modeling.nt_xent import NTXentLoss
 from avdet2.modeling.views import build_view
 from avdet2.structures.batch import Batch, views_on
@@ -27,18 +27,18 @@ logger = logging.getLogger(__name__)
 @META_ARCH_REGISTRY.register()
 class SimCLR(nn.Module):
     """
-    A trunk whose pooled features, after a projection head, are alike for two views of a frame and
-    unlike for others ("A Simple Framework for Contrastive Learning of Visual Representations").
+    A backbone whose pooled features, after a projection head, are alike for two views of a frame
+    and unlike for others ("A Simple Framework for Contrastive Learning of Visual Representations").
 
-    The trunk is ``backbone.bottom_up``, as in a detector with an FPN, which loads the checkpoint
-    as it is. It is only trained; :func:`avdet2.evaluation.probes.pooled_features` has its features.
+    It is ``backbone.bottom_up``, as in a detector with an FPN, which loads the checkpoint as it is.
+    It is only trained; :func:`avdet2.evaluation.probes.pooled_features` has its features.
     """
 
     @configurable
     def __init__(
         self,
         *,
-        trunk: Backbone,
+        backbone: Backbone,
         feature: str,
         num_layers: int,
         hidden_dim: int,
@@ -52,8 +52,8 @@ class SimCLR(nn.Module):
     ) -> None:
         """
         Args:
-            trunk: any backbone; of an FPN, its bottom-up part.
-            feature: the trunk's last output, which is pooled.
+            backbone: any; of an FPN, its bottom-up part is used.
+            feature: the backbone's last output, which is pooled.
             num_layers, hidden_dim, out_dim, norm: of the projection head.
             nt_xent: the loss.
             view: makes a view (3, SIZE, SIZE), float32 in [0, 1], of a frame.
@@ -61,11 +61,11 @@ class SimCLR(nn.Module):
             image_format: "RGB" or "BGR".
         """
         super().__init__()
-        trunk = getattr(trunk, "bottom_up", trunk)
-        _check_trunk(trunk, feature)
-        zero_init_residual(trunk)
-        self.backbone, self.feature = nn.ModuleDict({"bottom_up": trunk}), feature
-        channels = trunk.output_shape()[feature].channels
+        backbone = getattr(backbone, "bottom_up", backbone)
+        _check_backbone(backbone, feature)
+        zero_init_residual(backbone)
+        self.backbone, self.feature = nn.ModuleDict({"bottom_up": backbone}), feature
+        channels = backbone.output_shape()[feature].channels
         self.head = ProjectionHead(channels, num_layers, hidden_dim, out_dim, norm)
         self.nt_xent, self.view, self.image_format = nt_xent, view, image_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
@@ -77,7 +77,7 @@ class SimCLR(nn.Module):
     def from_config(cls, cfg):
         node = cfg.MODEL.SIMCLR
         return {
-            "trunk": build_backbone(cfg),
+            "backbone": build_backbone(cfg),
             "feature": node.FEATURE,
             "num_layers": node.NUM_LAYERS,
             "hidden_dim": node.HIDDEN_DIM,
@@ -103,42 +103,29 @@ class SimCLR(nn.Module):
         Returns:
             dict: of ``loss_nt_xent``.
         """
-        projections = self.head(self._pooled(self.preprocess(batched_inputs))).flatten(1)
+        images = self.preprocess(batched_inputs)
+        pooled = global_pool(self.backbone["bottom_up"](images)[self.feature])
+        projections = self.head(pooled).flatten(1)
         # Under AMP the products of the similarities would be in half precision.
         with torch.autocast(self.device.type, enabled=False):
             loss, accuracy = self.nt_xent(*projections.float().chunk(2))
-        self._log(accuracy)
+        log_metrics("simclr", self.device, lambda: {"accuracy": accuracy.item()})
         return {"loss_nt_xent": loss}
-
-    def _log(self, accuracy: torch.Tensor) -> None:
-        storage, on_cpu = due_storage(self.device), self.device.type == "cpu"
-        if storage is not None:
-            storage.put_scalar("simclr/accuracy", accuracy.item(), smoothing_hint=on_cpu)
 
     def preprocess(self, batched_inputs: Batch) -> torch.Tensor:
         """
         Normalised views (2 N, 3, SIZE, SIZE), float32, channels last, on the model's device: first
         all first views, then all second ones.
         """
-        frames = list(self._frames(batched_inputs, "image"))
         second = "image2" if "image2" in batched_inputs[0] else "image"
-        frames += self._frames(batched_inputs, second)
+        frames = [x for k in ("image", second) for x in views_on(batched_inputs, k, self.device)]
+        # Hue and grayscale are those of RGB.
+        is_bgr = self.image_format == "BGR"
         # Convolutions and products would be in half precision, and are not learned from.
         with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-            return self._normalize(torch.stack([self.view(frame) for frame in frames]))
-
-    def _frames(self, batched_inputs: Batch, key: str) -> Sequence[torch.Tensor]:
-        images = views_on(batched_inputs, key, self.device)
-        # Hue and grayscale are those of RGB.
-        return [image.flip(0) for image in images] if self.image_format == "BGR" else images
-
-    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
-        if self.image_format == "BGR":
-            images = images.flip(1)
-        return normalize(images, self.pixel_mean / 255, self.pixel_std / 255)
-
-    def _pooled(self, images: torch.Tensor) -> torch.Tensor:
-        return global_pool(self.backbone["bottom_up"](images)[self.feature])
+            views = torch.stack([self.view(x.flip(0) if is_bgr else x) for x in frames])
+            views = views.flip(1) if is_bgr else views
+            return normalize(views, self.pixel_mean / 255, self.pixel_std / 255)
 
 
 class ProjectionHead(nn.Sequential):
@@ -154,7 +141,7 @@ class ProjectionHead(nn.Sequential):
     ) -> None:
         """
         Args:
-            in_channels: channels of the trunk.
+            in_channels: channels of the backbone.
             num_layers: 2 in SimCLR, 3 in SimCLR v2.
             hidden_dim: width of all layers but the last.
             out_dim: width of the last.
@@ -165,14 +152,13 @@ class ProjectionHead(nn.Sequential):
         widths = [in_channels, *[hidden_dim] * (num_layers - 1), out_dim]
         layers = []
         for i, (width_in, width_out) in enumerate(zip(widths, widths[1:]), 1):
-            activation = F.relu if i < num_layers else None
             layer = Conv2d(
                 width_in,
                 width_out,
                 kernel_size=1,
                 bias=False,
                 norm=get_norm(norm, width_out),
-                activation=activation,
+                activation=F.relu if i < num_layers else None,
             )
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             layers.append(layer)
@@ -182,8 +168,8 @@ class ProjectionHead(nn.Sequential):
             layers[-1].norm.bias.requires_grad_(False)
 
 
-def _check_trunk(trunk: Backbone, feature: str) -> None:
-    outputs = list(trunk.output_shape())
+def _check_backbone(backbone: Backbone, feature: str) -> None:
+    outputs = list(backbone.output_shape())
     if feature not in outputs:
         raise ValueError(
             f"MODEL.SIMCLR.FEATURE {feature!r} is none of the backbone's outputs {outputs}"
@@ -193,21 +179,21 @@ def _check_trunk(trunk: Backbone, feature: str) -> None:
             f"MODEL.SIMCLR.FEATURE {feature!r} is not the last of the backbone's outputs {outputs}:"
             " what is behind it would not be trained; shorten OUT_FEATURES"
         )
-    trained = [value.requires_grad for value in trunk.parameters()]
-    if not all(trained) or any(isinstance(m, FrozenBatchNorm2d) for m in trunk.modules()):
+    trained = [value.requires_grad for value in backbone.parameters()]
+    if not all(trained) or any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules()):
         logger.warning(
             "SimCLR: a part of the backbone is frozen; to train it from the start, set "
             "MODEL.BACKBONE.FREEZE_AT 0 and MODEL.RESNETS.NORM BN or SyncBN"
         )
 
 
-def zero_init_residual(trunk: nn.Module) -> None:
+def zero_init_residual(backbone: nn.Module) -> None:
     """
     Let every residual block of a Detectron2 ResNet start as its shortcut, as SimCLR does: the scale
     of its last batch norm is set to zero, in place. Other networks, and frozen batch norms, stay as
     they are.
     """
-    for block in trunk.modules():
+    for block in backbone.modules():
         if isinstance(block, (BasicBlock, BottleneckBlock)):
             last = block.conv3 if isinstance(block, BottleneckBlock) else block.conv2
             weight = getattr(last.norm, "weight", None)
