@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 from avdet2.config import add_avdet2_config
 from avdet2.engine import AVTrainer, load_cfg
 from avdet2.modeling.losses import Temperature, clustering_loss
+from avdet2.modeling.meta_arch.common import log_metrics
 from avdet2.modeling.objectives import NCELoss
 from avdet2.modeling.self_box import self_boxes
 
@@ -91,17 +92,15 @@ def test_what_checkpoints_hold_of_the_objective():
     assert names(**VARIANTS["attention"]) == set()
 
 
-def test_a_gpu_is_seldom_asked_for_what_is_logged(monkeypatch):
-    model = small_model(LAMBDA=1.0)
-    logged = []
-    monkeypatch.setattr(type(model), "device", torch.device("meta"))
+@pytest.mark.parametrize(("device", "iterations"), [("meta", [0, 20, 40]), ("cpu", range(45))])
+def test_a_gpu_is_seldom_asked_for_what_is_logged(device, iterations):
+    asked, seen = [], []
     with EventStorage() as storage:
-        for _ in range(45):
-            model._log(torch.tensor(0.25))
-            if storage.latest():
-                logged.append(storage.latest()["nce/accuracy"])
+        for i in range(45):
+            log_metrics("nce", torch.device(device), lambda: asked.append(i) or {"accuracy": i})
+            seen.append(storage.latest()["nce/accuracy"][1])
             storage.step()
-    assert sorted(set(logged)) == [(0.25, 0), (0.25, 20), (0.25, 40)]
+    assert asked == sorted(set(seen)) == list(iterations)
 
 
 @pytest.mark.parametrize("pool", ["max", "avg"])

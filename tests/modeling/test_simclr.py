@@ -157,13 +157,13 @@ def test_projection_head_is_simclr_s():
 
 @pytest.mark.parametrize(("opts", "last"), [(RESNET18, "conv2"), (RESNET50, "conv3")])
 def test_residual_blocks_start_as_their_shortcuts(opts, last):
-    trunk = _model(*opts).backbone["bottom_up"]
-    scales = {name: value for name, value in trunk.named_parameters() if "norm.weight" in name}
+    backbone = _model(*opts).backbone["bottom_up"]
+    scales = {name: value for name, value in backbone.named_parameters() if "norm.weight" in name}
     zero = {name for name, value in scales.items() if not value.any()}
     assert zero == {name for name in scales if f"{last}.norm" in name and "stem" not in name}
     assert len(zero) == (8 if last == "conv2" else 16)
     assert all((value == 1).all() for name, value in scales.items() if name not in zero)
-    block = trunk.stages[0][-1]
+    block = backbone.stages[0][-1]
     x = torch.rand(2, block.in_channels, 8, 8)
     assert torch.equal(block(x), x)
 
@@ -199,9 +199,9 @@ def test_a_detector_loads_the_checkpoint(tmp_path):
     incompatible = load_and_report(detector, str(tmp_path / "model_final.pth"))
     assert not [key for key in incompatible.missing_keys if "bottom_up" in key]
     assert all(key.startswith("head.") for key in incompatible.unexpected_keys)
-    trunk = model.backbone["bottom_up"].state_dict()
+    backbone = model.backbone["bottom_up"].state_dict()
     for name, value in detector.backbone.bottom_up.state_dict().items():
-        assert torch.equal(value, trunk[name]), name
+        assert torch.equal(value, backbone[name]), name
 
 
 def test_a_feature_that_leaves_stages_untrained_is_refused():
@@ -211,7 +211,7 @@ def test_a_feature_that_leaves_stages_untrained_is_refused():
         _model("MODEL.SIMCLR.FEATURE", "res5")
 
 
-def test_a_frozen_trunk_is_told(caplog):
+def test_a_frozen_backbone_is_told(caplog):
     with caplog.at_level(logging.WARNING, logger="avdet2"):
         _model(*RESNET18)
         assert not caplog.records
@@ -228,7 +228,7 @@ def test_the_loss_is_float32_under_autocast():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(inputs)["loss_nt_xent"]
     assert loss.dtype == torch.float32
-    # The trunk itself is in bfloat16.
+    # The backbone itself is in bfloat16.
     assert loss != expected
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
 
@@ -268,7 +268,8 @@ def _loss_and_similarities(model: SimCLR, inputs: list[dict]) -> tuple[float, ..
     torch.manual_seed(5)
     for _ in range(8):
         loss = model(inputs)["loss_nt_xent"]
-        features = model._pooled(model.preprocess(inputs)).flatten(1)
+        maps = model.backbone["bottom_up"](model.preprocess(inputs))[model.feature]
+        features = maps.mean(dim=(2, 3))
         features = nn.functional.normalize(features - features.mean(dim=0), dim=1)
         table = features[:FRAMES] @ features[FRAMES:].t()
         others = table[~torch.eye(FRAMES, dtype=torch.bool)]
@@ -346,17 +347,6 @@ def test_views_are_float32_under_autocast():
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             views.append(model.preprocess(inputs))
     assert torch.equal(*views) and views[0].dtype == torch.float32
-
-
-def test_a_gpu_is_seldom_asked_for_what_is_logged(monkeypatch):
-    model, logged = _model(), []
-    monkeypatch.setattr(SimCLR, "device", torch.device("meta"))
-    with EventStorage() as storage:
-        for _ in range(45):
-            model._log(torch.tensor(0.25))
-            logged += [value for value in storage.latest().values() if value not in logged]
-            storage.step()
-    assert logged == [(0.25, 0), (0.25, 20), (0.25, 40)]
 
 
 def test_a_training_step_never_waits_for_the_gpu(gpu):
