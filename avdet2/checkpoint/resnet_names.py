@@ -14,13 +14,50 @@ STAGE_BLOCKS = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-# TensorFlow's names of what a batch norm has.
-TF_NORM = {
-    "gamma": "weight",
-    "beta": "bias",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
+# What a batch norm has.
+NORM = ("weight", "bias", "running_mean", "running_var")
+
+# Patterns in names and what stands for them in Detectron2's, to be replaced in this order.
+Renames = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+_TORCHVISION: Renames = (
+    (r"^(conv1|bn1)\.", r"stem.\1."),
+    (r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"),
+    (r"\bbn(\d)", r"conv\1.norm"),
+    (r"downsample\.0", "shortcut"),
+    (r"downsample\.1", "shortcut.norm"),
+)
+# nn.Sequential(*resnet.children()) counts the children of torchvision's ResNet.
+_SEQUENTIAL: Renames = (
+    (r"^0\.", "conv1."),
+    (r"^1\.", "bn1."),
+    (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),
+    *_TORCHVISION,
+)
+# The PyTorch port of SimCLR v2 by Separius.
+_SEPARIUS: Renames = (
+    (r"^net\.0\.0\.", "stem.conv1."),
+    (r"^net\.0\.1\.0\.", "stem.conv1.norm."),
+    (r"^net\.([1-4])\.blocks\.", lambda m: f"res{int(m[1]) + 1}."),
+    (r"\.projection\.shortcut\.", ".shortcut."),
+    (r"\.projection\.bn\.0\.", ".shortcut.norm."),
+    (r"\.net\.([024])\.", lambda m: f".conv{int(m[1]) // 2 + 1}."),
+    (r"\.net\.([135])\.0\.", lambda m: f".conv{int(m[1]) // 2 + 1}.norm."),
+)
+_TENSORFLOW: Renames = (
+    (r"/conv2d/kernel$", ".weight"),
+    (r"/bn/gamma$", ".norm.weight"),
+    (r"/bn/beta$", ".norm.bias"),
+    (r"/bn/moving_mean$", ".norm.running_mean"),
+    (r"/bn/moving_variance$", ".norm.running_var"),
+)
+# Object keys of SimCLR's TensorFlow 2 code.
+_TF2: Renames = (
+    (r"^initial_conv_relu_max_pool/\d+/", "stem.conv1/"),
+    (r"^block_groups/(\d)/layers/(\d+)/", lambda m: f"res{int(m[1]) + 2}.{m[2]}."),
+    (r"\.projection_layers/[01]/", ".shortcut/"),
+    (r"\.conv_relu_dropblock_layers/([013467])/", lambda m: f".conv{int(m[1]) // 3 + 1}/"),
+    *_TENSORFLOW,
+)
 
 
 def convolutions(depth: int) -> list[tuple[str, tuple[int, int, int, int]]]:
@@ -59,7 +96,7 @@ def resnet_shapes(depth: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in convolutions(depth):
         shapes[f"{name}.weight"] = shape
-        shapes.update({f"{name}.norm.{part}": shape[:1] for part in TF_NORM.values()})
+        shapes.update({f"{name}.norm.{part}": shape[:1] for part in NORM})
     return shapes
 
 
@@ -78,97 +115,14 @@ def depth_of(names: Iterable[str]) -> int | None:
     return None
 
 
-def from_torchvision(name: str) -> str | None:
+def _tf1_renames(names: Iterable[str]) -> Renames:
     """
-    Detectron2's name of a tensor of torchvision's ResNet; None for the classifier and counters.
-    """
-    if name.startswith("fc.") or name.endswith("num_batches_tracked"):
-        return None
-    if name.startswith("layer"):
-        name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
-    else:
-        name = f"stem.{name}"
-    name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
-    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-
-
-def from_sequential(name: str) -> str | None:
-    """
-    As :func:`from_torchvision`, for nn.Sequential(*resnet.children()), whose children are counted.
-    """
-    children = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    index, dot, rest = name.partition(".")
-    known = index.isdigit() and int(index) < len(children)
-    return from_torchvision(f"{children[int(index)]}{dot}{rest}" if known else name)
-
-
-def from_separius(name: str) -> str | None:
-    """
-    Detectron2's name of a tensor in the PyTorch port of SimCLR v2 by Separius.
-    """
-    if name.startswith("fc.") or name.endswith("num_batches_tracked"):
-        return None
-    if match := re.fullmatch(r"net\.0\.(?:0|1\.0)\.(\w+)", name):
-        return f"stem.conv1.{'norm.' if '.1.0.' in name else ''}{match[1]}"
-    match = re.fullmatch(r"net\.([1-4])\.blocks\.(\d+)\.(.+)", name)
-    if not match:
-        return name
-    rest = re.sub(r"^projection\.shortcut\.", "shortcut.", match[3])
-    rest = re.sub(r"^projection\.bn\.0\.", "shortcut.norm.", rest)
-    rest = re.sub(r"^net\.([024])\.", lambda m: f"conv{int(m[1]) // 2 + 1}.", rest)
-    rest = re.sub(r"^net\.([135])\.0\.", lambda m: f"conv{int(m[1]) // 2 + 1}.norm.", rest)
-    return f"res{int(match[1]) + 1}.{match[2]}.{rest}"
-
-
-def from_detectron2(name: str) -> str | None:
-    """
-    The name itself; None for the classifier and counters.
-    """
-    # "stem.fc." is what Detectron2's and MoCo's converters make of the classifier.
-    is_left_out = name.startswith(("linear.", "stem.fc."))
-    return None if is_left_out or name.endswith("num_batches_tracked") else name
-
-
-def from_tf2(name: str) -> str | None:
-    """
-    Detectron2's name of an object key of SimCLR's TensorFlow 2 code; None for an optimizer's slot.
-    """
-    if ".OPTIMIZER_SLOT" in name:
-        return None
-    if match := re.fullmatch(r"initial_conv_relu_max_pool/\d+/(conv2d|bn)/(\w+)", name):
-        return _tf_tensor("stem.conv1", match[1], match[2])
-    place = r"block_groups/(\d)/layers/(\d+)/"
-    if match := re.fullmatch(place + r"projection_layers/[01]/(conv2d|bn)/(\w+)", name):
-        return _tf_tensor(f"res{int(match[1]) + 2}.{match[2]}.shortcut", match[3], match[4])
-    if match := re.fullmatch(
-        place + r"conv_relu_dropblock_layers/([013467])/(conv2d|bn)/(\w+)", name
-    ):
-        conv = f"conv{int(match[3]) // 3 + 1}"
-        return _tf_tensor(f"res{int(match[1]) + 2}.{match[2]}.{conv}", match[4], match[5])
-    return name
-
-
-def _tf_tensor(conv: str, kind: str, tensor: str) -> str:
-    if kind == "conv2d":
-        return f"{conv}.weight" if tensor == "kernel" else f"{conv}.{tensor}"
-    return f"{conv}.norm.{TF_NORM.get(tensor, tensor)}"
-
-
-def tf1_names(names: Iterable[str]) -> dict[str, str]:
-    """
-    Detectron2's names of variables that SimCLR's TensorFlow 1 code only numbers, in the order of
-    their creation: conv2d, conv2d_1, ... and batch_normalization, batch_normalization_1, ...
-
-    Args:
-        names: behind "base_model/". An optimizer's slots (conv2d/kernel/Momentum) are left out.
-
-    Returns:
-        dict: by name; a name that is none of these stays what it is.
+    SimCLR's TensorFlow 1 code only numbers its variables, in the order of their creation: conv2d,
+    conv2d_1, ... and batch_normalization, batch_normalization_1, ...
 
     Raises:
         ValueError: there are not as many convolutions as in ResNet-50, 101 or 152.
     """
-    names = set(names)
     number = sum(bool(re.fullmatch(r"conv2d(_\d+)?/kernel", name)) for name in names)
     # In SimCLR's own ResNet-18 and 34 every first block has a shortcut; Detectron2's have not.
     by_number = {len(convolutions(depth)): depth for depth in (50, 101, 152)}
@@ -179,15 +133,12 @@ def tf1_names(names: Iterable[str]) -> dict[str, str]:
             "kernels, which Detectron2 does not have: take one with sk0, such as r50_1x_sk0"
         )
     convs = [conv for conv, _ in convolutions(by_number[number])]
-    return {name: _tf1_name(name, convs) for name in names if name.rpartition("/")[0] not in names}
 
+    def place(match: re.Match) -> str:
+        kind, index = "conv2d" if match[1] == "conv2d" else "bn", int(match[2] or 0)
+        return f"{convs[index]}/{kind}/" if index < len(convs) else match[0]
 
-def _tf1_name(name: str, convs: list[str]) -> str:
-    match = re.fullmatch(r"(conv2d|(?:sync_)?batch_normalization)(?:_(\d+))?/(\w+)", name)
-    if not match or int(match[2] or 0) >= len(convs):
-        return name
-    kind = "conv2d" if match[1] == "conv2d" else "bn"
-    return _tf_tensor(convs[int(match[2] or 0)], kind, match[3])
+    return (r"^(conv2d|(?:sync_)?batch_normalization)(?:_(\d+))?/", place), *_TENSORFLOW
 
 
 class Layout(NamedTuple):
@@ -197,12 +148,14 @@ class Layout(NamedTuple):
     Attributes:
         name: of the layout.
         markers: two names that only this layout has together, behind a common prefix.
-        translate: of the names behind the prefix, those of use with Detectron2's name.
+        renames: to Detectron2's names, or a function of all names that gives them.
+        left_out: pattern in names of what is no part of the ResNet.
     """
 
     name: str
     markers: tuple[str, str]
-    translate: Callable[[list[str]], dict[str, str]]
+    renames: Renames | Callable[[Iterable[str]], Renames]
+    left_out: str
 
     def prefixes(self, names: set[str]) -> list[str]:
         """
@@ -212,22 +165,33 @@ class Layout(NamedTuple):
         found = [name.removesuffix(first) for name in names if name.endswith(first)]
         return sorted(p for p in found if p[-1:] in ("", ".", "/") and p + second in names)
 
+    def translate(self, names: Iterable[str]) -> dict[str, str]:
+        """
+        Detectron2's names by the names behind the prefix, of those that are not left out; a name
+        that the layout does not know stays what it is.
 
-def _each(function: Callable[[str], str | None]) -> Callable[[list[str]], dict[str, str]]:
-    def translate(names: list[str]) -> dict[str, str]:
-        found = {name: function(name) for name in names}
-        return {name: new for name, new in found.items() if new is not None}
+        Raises:
+            ValueError: it is no ResNet that Detectron2 has.
+        """
+        renames = self.renames(names) if callable(self.renames) else self.renames
+        found = {name: name for name in names if not re.search(self.left_out, name)}
+        for pattern, new in renames:
+            found = {old: re.sub(pattern, new, name) for old, name in found.items()}
+        return found
 
-    return translate
 
-
+# The classifier, and batch norms' counters.
+_OTHERS = r"^fc\.|num_batches_tracked$"
+# "stem.fc." is what Detectron2's and MoCo's converters make of the classifier.
+_D2_OTHERS = r"^(linear|stem\.fc)\.|num_batches_tracked$"
 _TF2_STEM = "initial_conv_relu_max_pool/0/conv2d/kernel"
 _TF2_BLOCK = "block_groups/0/layers/0/conv_relu_dropblock_layers/0/conv2d/kernel"
 LAYOUTS = (
-    Layout("torchvision", ("conv1.weight", "layer1.0.conv1.weight"), _each(from_torchvision)),
-    Layout("sequential", ("0.weight", "4.0.conv1.weight"), _each(from_sequential)),
-    Layout("separius", ("net.0.0.weight", "net.1.blocks.0.net.0.weight"), _each(from_separius)),
-    Layout("detectron2", ("stem.conv1.weight", "res2.0.conv1.weight"), _each(from_detectron2)),
-    Layout("tf1", ("conv2d/kernel", "conv2d_1/kernel"), tf1_names),
-    Layout("tf2", (_TF2_STEM, _TF2_BLOCK), _each(from_tf2)),
+    Layout("torchvision", ("conv1.weight", "layer1.0.conv1.weight"), _TORCHVISION, _OTHERS),
+    Layout("sequential", ("0.weight", "4.0.conv1.weight"), _SEQUENTIAL, _OTHERS),
+    Layout("separius", ("net.0.0.weight", "net.1.blocks.0.net.0.weight"), _SEPARIUS, _OTHERS),
+    Layout("detectron2", ("stem.conv1.weight", "res2.0.conv1.weight"), (), _D2_OTHERS),
+    # Both leave out an optimizer's slots, such as conv2d/kernel/Momentum.
+    Layout("tf1", ("conv2d/kernel", "conv2d_1/kernel"), _tf1_renames, r"/\w+/"),
+    Layout("tf2", (_TF2_STEM, _TF2_BLOCK), _TF2, r"\.OPTIMIZER_SLOT"),
 )
