@@ -28,6 +28,7 @@ INSTALL_REQUIRES = [
     "fvcore>=0.1.5,<0.1.6",
     # Detectron2 does not work with newer ones.
     "iopath>=0.1.7,<0.1.10",
+    "Jinja2>=3.1",
     "matplotlib>=3.7",
     "numpy>=1.24",
     # opencv-python does as well, but draws in the libraries of a desktop. 4.8 gives some self-boxes
@@ -52,6 +53,8 @@ DEV = [
     "pytest-xdist>=3.5",
     # Another version may format otherwise.
     "ruff==0.17.6",
+    # Tests of the page, where there is a Chromium.
+    "selenium>=4.20",
 ]
 
 setup(
@@ -82,6 +85,7 @@ setup(
         "avdet2": ["py.typed", "tools/*.py", "tools/detectron2_pure/*"],
         "avdet2.model_zoo": ["configs/**/*.yaml"],
         "avdet2.data.datasets": ["*.json"],
+        "avdet2.report": ["templates/*"],
     },
     entry_points={"console_scripts": ["avdet2 = avdet2.__main__:main"]},
     python_requires=">=3.10,<3.13",

@@ -101,13 +101,29 @@ def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
     Returns:
         ndarray: (H, W, 3) uint8 RGB.
     """
-    heat = cv2.resize(heatmap.astype(np.float32), image.shape[1::-1])
+    layer = heat_layer(heatmap, image.shape[:2])
+    opacity = layer[:, :, 3:] / 255
+    return ((1 - opacity) * image + opacity * layer[:, :, :3]).astype(np.uint8)
+
+
+def heat_layer(heatmap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """
+    What :func:`overlay_heatmap` lays over an image.
+
+    Args:
+        heatmap: (h, w), of any range; its own minimum and maximum span the colours.
+        size: height and width in pixels.
+
+    Returns:
+        ndarray: (H, W, 4) uint8 RGB and opacity.
+    """
+    heat = cv2.resize(heatmap.astype(np.float32), size[::-1])
     low, high = heat.min(), heat.max()
     # A constant map has no place to show.
     heat = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
-    colours = plt.get_cmap("turbo")(heat)[:, :, :3] * 255
-    opacity = 0.25 + 0.4 * heat[:, :, None]
-    return ((1 - opacity) * image + opacity * colours).astype(np.uint8)
+    layer = plt.get_cmap("turbo")(heat)
+    layer[:, :, 3] = 0.25 + 0.4 * heat
+    return (layer * 255).astype(np.uint8)
 
 
 def save_grid(
@@ -172,7 +188,9 @@ def save_curves(path: str | Path, runs: dict[str, list[dict]]) -> None:
         for axis, (title, wanted) in zip(axes[:, column], panels.items()):
             for key in sorted({key for row in rows for key in row if wanted(key)}):
                 points = [(row["iteration"], row[key]) for row in rows if key in row]
-                axis.plot(*zip(*points), label=key, linewidth=1)
+                # A line of one point is not seen.
+                marker = "o" if len(points) == 1 else None
+                axis.plot(*zip(*points), label=key, linewidth=1, marker=marker, markersize=4)
             axis.set_title(f"{stage}: {title}", fontsize=9)
             axis.set_xlabel("iteration", fontsize=8)
             if axis.lines:

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping
 
-__all__ = ["results_table"]
+__all__ = ["results_table", "table_cells"]
 
 # Heading of a column, and where its number stands in a model's results.
 COLUMNS = (
@@ -42,16 +42,27 @@ def results_table(*runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
         0.5), "unheard*" of those whose class is not heard in the image either, "several*" the share
         of images with several objects in which two or more are found.
     """
-    lines = [["method"] + [heading for heading, _, _ in COLUMNS], ["---"] + ["---:"] * len(COLUMNS)]
-    for name in dict.fromkeys(name for rows in runs for name in rows):
-        # A bar in the row's name would end its cell.
-        line = [name.replace("|", "\\|")]
+    headings, rows = table_cells(*runs)
+    lines = [["method", *headings], ["---"] + ["---:"] * len(headings)]
+    # A bar in the row's name would end its cell.
+    lines += [[name.replace("|", "\\|"), *cells] for name, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def table_cells(
+    *runs: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> tuple[list[str], dict[str, list[str]]]:
+    """
+    The headings of :func:`results_table`'s columns, and for each row's name its cells.
+    """
+    rows = {}
+    for name in dict.fromkeys(name for run in runs for name in run):
+        rows[name] = []
         for _, task, metric in COLUMNS:
             scale = 100 if task == "clusters" else 1
-            found = [rows.get(name, {}).get(task, {}).get(metric, math.nan) for rows in runs]
-            line.append(_percentage([scale * number for number in found]))
-        lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+            found = [run.get(name, {}).get(task, {}).get(metric, math.nan) for run in runs]
+            rows[name].append(_percentage([scale * number for number in found]))
+    return [heading for heading, _, _ in COLUMNS], rows
 
 
 def _percentage(numbers: list[float]) -> str:
