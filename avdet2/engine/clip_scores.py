@@ -57,9 +57,7 @@ class ClipScores:
 
     def add(self, ids: torch.Tensor, logits_v: torch.Tensor, logits_a: torch.Tensor) -> None:
         """
-        Args:
-            ids: `sample_id` of a batch, int64, of shape (batch,).
-            logits_v, logits_a: of shape (batch, K), of any precision.
+        Take in a batch's `sample_id`, int64, of shape (batch,), and logits of shape (batch, K).
         """
         rows = slice(self._count, self._count + len(ids))
         self._count = rows.stop
@@ -72,10 +70,8 @@ class ClipScores:
 
     def align(self) -> torch.Tensor:
         """
-        Number the audio head's clusters as the visual head does.
-
-        Returns:
-            The order of the audio head's clusters; see :func:`align_heads`.
+        Number the audio head's clusters as the visual head does, in the order that is returned; see
+        :func:`align_heads`.
         """
         audio = self._audio[: self._count]
         order = align_heads(self.values, audio)

@@ -155,9 +155,6 @@ def _absent_stages(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
 
 
 def _trunk_prefix(names: Iterable[str]) -> str:
-    """
-    What stands before the names of a backbone; nothing where there is only a backbone.
-    """
     names = list(names)
     return next((p for p in TRUNKS if any(name.startswith(p) for name in names)), "")
 
@@ -167,9 +164,6 @@ def _part(state: Mapping[str, _T], prefix: str) -> dict[str, _T]:
 
 
 def _misfits(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> list[str]:
-    """
-    Names of a backbone's tensors that are missing, of another shape, or left over.
-    """
     # A network that stops earlier does not have the last stages at all, nor a classifier.
     own = {name.split(".")[0] for name in wanted}
     left_over = [

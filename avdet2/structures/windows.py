@@ -69,12 +69,8 @@ def center_window(height: int, width: int, fraction: float) -> Window:
 def random_window(height: int, width: int, fraction: float, flip: bool) -> Window:
     """
     A random square whose side is ``fraction`` of the short side (224 / 256 in Sec. 4.3), drawn
-    from numpy's global state as Detectron2's augmentations are.
-
-    Args:
-        height, width: of the frame.
-        fraction: in (0, 1].
-        flip: mirror it in half of the cases.
+    from numpy's global state as Detectron2's augmentations are. With ``flip``, half of them are
+    mirrored.
     """
     side = center_window(height, width, fraction).side
     x = np.random.randint(width - side + 1)
