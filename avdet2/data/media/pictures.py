@@ -124,6 +124,28 @@ class Pictures:
                     error = raised
         raise MediaError(self._container.path, "pictures cannot be decoded", str(error or ""))
 
+    def all(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        """
+        All frames in the order of display, with the seconds at which they are shown, from the
+        start of the file. Damaged ones, and those that depend on them, are left out.
+
+        Raises:
+            MediaError: there are no pictures, or none can be decoded.
+        """
+        container = self._container
+        if self._stream is None:
+            raise MediaError(container.path, "no video stream")
+        container.rewind()
+        whole, is_empty = True, True
+        with container.demuxed(self._stream) as demuxed:
+            for frame, stamp in self._shown(demuxed):
+                whole = _is_whole(frame, whole)
+                if whole:
+                    is_empty = False
+                    yield stamp * float(self._stream.time_base) - container.origin, frame
+        if is_empty:
+            raise MediaError(container.path, "pictures cannot be decoded")
+
     def decoded(self, times: list[float]) -> Iterator[av.VideoFrame]:
         """
         The frames on show at some times, in one pass over that part of the file. Frames which no
@@ -259,7 +281,7 @@ class Pictures:
             if done == len(wanted):
                 return
             stamp = at
-            whole = frame is not None and not frame.is_corrupt and (whole or _needs_no_other(frame))
+            whole = _is_whole(frame, whole)
             shown = frame if whole else None
         for at in wanted[done:]:
             if shown is None or stamp < at - self._edge:
@@ -293,6 +315,13 @@ class Pictures:
                     stamp += 1
                 number += 1
                 yield frame, stamp
+
+
+def _is_whole(frame: av.VideoFrame | None, was_whole: bool) -> bool:
+    """
+    Whether a frame is as it should be, given whether the one before it was.
+    """
+    return frame is not None and not frame.is_corrupt and (was_whole or _needs_no_other(frame))
 
 
 def _needs_no_other(frame: av.VideoFrame) -> bool:

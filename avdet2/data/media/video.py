@@ -160,6 +160,18 @@ class MediaFile:
             for frame in self._pictures.decoded(list(times)):
                 yield to_rgb(frame, self._pictures.stretch)
 
+    def all_frames(self) -> Iterator[tuple[float, np.ndarray]]:
+        """
+        All frames, as :func:`read_frame` gives them, in order, with the seconds at which they are
+        shown. Damaged ones are left out.
+
+        Raises:
+            MediaError: there are no pictures, or none can be decoded.
+        """
+        with explained(self.path, "pictures cannot be decoded"):
+            for seconds, frame in self._pictures.all():
+                yield seconds, to_rgb(frame, self._pictures.stretch)
+
     def window(self, seconds: float, duration: float, sample_rate: int) -> np.ndarray:
         """
         As :func:`read_audio`.
