@@ -56,6 +56,9 @@ DEV = [
     # Tests of the page, where there is a Chromium.
     "selenium>=4.20",
 ]
+# tools/predict.py --track. It asks for opencv-python, which lies beside the headless build in one
+# Python package, cv2: install the headless one again after it.
+TRACK = ["supervision>=0.26.1", "trackers>=2.6"]
 
 setup(
     name="avdet2",
@@ -94,6 +97,7 @@ setup(
         # MODEL.META_ARCHITECTURE SelectiveSearch. Uninstall the other packages of OpenCV first: all
         # of them are one Python package, cv2.
         "selective-search": ["opencv-contrib-python-headless>=4.10"],
+        "track": TRACK,
         # Tests, lint and format.
         "dev": DEV,
     },

@@ -19,6 +19,15 @@ from avdet2.config import add_avdet2_config
 from avdet2.config_file import load_cfg
 from avdet2.data.clips import register_av_clips
 
-__all__ = ["add_avdet2_config", "load_cfg", "register_av_clips"]
+__all__ = ["Predictor", "add_avdet2_config", "load_cfg", "register_av_clips"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> type:
+    # It draws: Matplotlib and more are imported when it is used.
+    if name == "Predictor":
+        from avdet2.predict import Predictor
+
+        return Predictor
+    raise AttributeError(f"module 'avdet2' has no attribute {name!r}")

@@ -24,17 +24,19 @@ def test_what_the_package_offers():
 
 def test_the_readme_s_python(tmp_path, monkeypatch):
     run = tmp_path / "output" / "my_videos" / "detector"
+    words = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "INPUT.MIN_SIZE_TEST", "64"]
     run.mkdir(parents=True)
     cfg = avdet2.load_cfg(
         str(ROOT / "configs" / "quick_schedules" / "synthetic_detector.yaml"),
-        ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "INPUT.MIN_SIZE_TEST", "64"],
+        words,
     )
     (run / "config.yaml").write_text(cfg.dump())
     torch.save({"model": build_model(cfg).state_dict()}, run / "model_final.pth")
-    cv2.imwrite(str(tmp_path / "frame.jpg"), np.zeros((48, 64, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((48, 64, 3), np.uint8))
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
     assert names["instances"].image_size == (48, 64)
-    assert {"pred_boxes", "scores", "pred_classes"} <= names["instances"].get_fields().keys()
+    fields = names["instances"].get_fields()
+    assert {"pred_boxes", "scores", "pred_classes", "names"} <= fields.keys()

@@ -64,7 +64,9 @@ def _imported(*folders: str) -> set[str]:
 def test_setup_asks_for_what_is_imported_and_nothing_else():
     needed = _imported("avdet2", "datasets")
     declared, for_tests = _declared("INSTALL_REQUIRES"), _declared("DEV")
-    assert {"torch", "opencv-python-headless", "pyyaml"} <= needed <= declared
+    optional = _declared("TRACK")
+    assert {"torch", "opencv-python-headless", "pyyaml"} <= needed <= declared | optional
+    assert optional <= needed
     assert _imported("tools", "tests") <= declared | for_tests
     # Detectron2's, with ranges that it works with.
     assert declared - needed - _imported("tools") <= {"fvcore", "iopath", "pyarrow"}

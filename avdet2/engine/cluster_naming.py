@@ -100,7 +100,12 @@ def names_of_stage(cfg: CfgNode, folder: str) -> ClusterFile:
     matching = _saved_matching(folder, cfg)
     if matching:
         return ClusterFile.of_names(matching.names)
-    labels = training_clips(cfg.DATASETS.TRAIN)[1] if node.SELF_BOX.LABELS == "video" else []
+    labels: list[str] = []
+    if node.SELF_BOX.LABELS == "video":
+        try:
+            labels = training_clips(cfg.DATASETS.TRAIN)[1]
+        except (KeyError, OSError, ValueError) as error:
+            logger.warning(f"the training clips, whose labels are the classes, are away: {error}")
     return ClusterFile.of_names(labels + cluster_names(number)[len(labels) :])
 
 
