@@ -17,6 +17,8 @@ from pycocotools.coco import COCO
 
 from detectron2.data.datasets import load_coco_json
 
+from avdet2.evaluation import ClusterMatching
+from avdet2.evaluation.naming.cluster_file import ClusterFile
 from avdet2.self_boxes.teacher import load_localizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,7 +166,10 @@ def test_self_boxes_are_a_coco_data_set(finished, tiny_datasets, tmp_path):
     run("export_self_boxes.py", *words, datasets=tiny_datasets)
     coco = COCO(str(tmp_path / "annotations.json"))
     assert len(coco.getImgIds()) == 24
-    assert {c["name"] for c in coco.loadCats(coco.getCatIds())} == {"cluster_000", "cluster_001"}
+    classes = ClusterFile.read(finished[0] / "clusters.json", 2).classes
+    assert {c["id"]: c["name"] for c in coco.loadCats(coco.getCatIds())} == {
+        k + 1: name for k, name in classes.items()
+    }
     dicts = load_coco_json(str(tmp_path / "annotations.json"), str(tmp_path / "images"))
     assert sum(len(d["annotations"]) for d in dicts) >= 20
     for image in dicts:
@@ -173,6 +178,44 @@ def test_self_boxes_are_a_coco_data_set(finished, tiny_datasets, tmp_path):
             x, y, width, height = annotation["bbox"]
             assert 0 <= x < x + width <= image["width"] == 64
             assert 0 <= y < y + height <= image["height"] == 64
+
+
+def test_names_are_kept_to(finished, tiny_datasets, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    named = ClusterFile.read(folder / "clusters.json", 2)
+    matching = ClusterMatching.from_json(folder / "detector/inference/cluster_matching.json")
+    assert named.names == matching.names
+    assert sum(cluster.clips for cluster in named.clusters) == 24
+    assert (named.detector, named.localizer) == ("detector", "localizer_joint")
+    # Both clusters are one class from here on.
+    one = ClusterFile.of_names([matching.class_names[1]] * 2)
+    one.write(folder / "clusters.json")
+    printed = run("run_pipeline.py", *pipeline_words(folder), datasets=tiny_datasets)
+    assert "clusters.json has been edited, and stays as it is" in printed
+    assert ClusterFile.read(folder / "clusters.json") == one
+    # Prediction.
+    clip = min((tiny_datasets / "synthetic_av" / "test").rglob("*.mp4"))
+    words = ["--run", folder, "--video-input", clip, "--confidence-threshold", "0.01"]
+    run("predict.py", *map(str, words))
+    found = json.loads((folder / "predictions" / "detections.json").read_text())
+    assert found["categories"] == [{"id": 1, "name": matching.class_names[1]}]
+    assert found["images"] and {x["category_id"] for x in found["annotations"]} <= {1}
+    # Export.
+    stage = folder / "localizer_joint"
+    words = ["--config-file", stage / "config.yaml", "--output", tmp_path / "boxes"]
+    words += ["MODEL.WEIGHTS", stage / "model_final.pth"]
+    run("export_self_boxes.py", *map(str, words), datasets=tiny_datasets)
+    coco = json.loads((tmp_path / "boxes" / "annotations.json").read_text())
+    assert coco["categories"] == found["categories"] and len(coco["annotations"]) >= 20
+    # Evaluation.
+    stage = folder / "detector"
+    words = ["--config-file", stage / "config.yaml", "--eval-only", "OUTPUT_DIR", tmp_path / "eval"]
+    words += ["MODEL.WEIGHTS", stage / "model_final.pth", "TEST.MATCHING.METHOD", "file"]
+    words += ["TEST.MATCHING.FILE", folder / "clusters.json"]
+    run("train_net.py", *map(str, words), datasets=tiny_datasets)
+    used = ClusterMatching.from_json(tmp_path / "eval" / "inference" / "cluster_matching.json")
+    assert used.mapping.tolist() == [0, 0] and used.class_names == [matching.class_names[1]]
 
 
 def test_pictures_are_drawn(finished, tiny_datasets):

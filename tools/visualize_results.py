@@ -6,9 +6,9 @@ Draws what a finished pipeline learned: heatmaps.png, detections.png and curves.
     python tools/visualize_results.py --run output/synthetic
 
 Heatmaps lie over frames of training clips, with the self-box and, as title, its name. Test images
-show detections above a score with their names (or cluster numbers, where no labels say what a
-cluster is); thin white boxes are objects of the ground truth, dashed where they are silent. Without
-a test set, detections are drawn on frames of training clips.
+show detections above a score; thin white boxes are objects of the ground truth, dashed where they
+are silent. Without a test set, detections are drawn on frames of training clips. Names are those of
+RUN/clusters.json, which can be edited.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
-from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
@@ -29,9 +28,10 @@ from avdet2.checkpoint.checkpointer import AVCheckpointer
 from avdet2.data.clips import training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError
-from avdet2.engine import load_cfg, use_own_videos
-from avdet2.evaluation import ClusterMatching
-from avdet2.self_boxes.export import cluster_names
+from avdet2.engine import use_own_videos
+from avdet2.engine.cluster_naming import names_of_stage
+from avdet2.predict import Predictor
+from avdet2.predict.run_folder import stage_cfg
 from avdet2.visualization import (
     draw_boxes,
     overlay_heatmap,
@@ -41,27 +41,13 @@ from avdet2.visualization import (
 )
 
 
-def stage_cfg(stage: Path):
+def stage_with_clips(stage: Path):
     """
-    The config of a finished stage, with its weights, for a GPU where there is one.
+    The config of a finished stage, with its weights and its clips.
     """
-    cfg = load_cfg(str(stage / "config.yaml"), ["MODEL.WEIGHTS", str(stage / "model_final.pth")])
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    cfg = stage_cfg(stage)
     use_own_videos(cfg)
     return cfg
-
-
-def class_names(stage: Path, cfg, num_classes: int) -> list[str]:
-    """
-    What a stage's classes are called: by the matching of its evaluation, else by the labels that it
-    was trained with, else by number.
-    """
-    matching = stage / "inference" / "cluster_matching.json"
-    if matching.is_file():
-        return ClusterMatching.from_json(matching).names
-    labels = training_clips(cfg.DATASETS.TRAIN)[1] if cfg.MODEL.SELF_BOX.LABELS == "video" else []
-    return labels + cluster_names(num_classes)[len(labels) :]
 
 
 def readable(
@@ -92,21 +78,23 @@ def draw_heatmaps(stage: Path, path: Path, count: int) -> None:
     """
     Training clips with their heatmaps and self-boxes.
     """
-    cfg = stage_cfg(stage)
+    cfg = stage_with_clips(stage)
     clips, _ = training_clips(cfg.DATASETS.TRAIN)
     mapper = AVMapper(cfg, "full")
     model = build_model(cfg).eval()
     AVCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    names = class_names(stage, cfg, cfg.MODEL.LOCALIZER.NUM_CLUSTERS)
+    clusters = names_of_stage(cfg, str(stage))
     images, titles = [], []
     for clip, frame in tqdm(readable(clips, mapper, count), "heatmaps", count):
         with torch.no_grad():
             output = model([clip])[0]
         found = output["instances"]
+        if model.has_clusters:
+            found = clusters.apply(found)
         classes = found.pred_classes.tolist()
         heat = overlay_heatmap(frame, output["heatmap"].cpu().numpy())
         images.append(draw_boxes(heat, found.pred_boxes.tensor.numpy(), None, classes))
-        name = names[classes[0]] if classes and model.has_clusters else ""
+        name = clusters.names[classes[0]] if classes and model.has_clusters else ""
         titles.append(clip_title(cfg, clip, name))
     save_grid(path, images, titles)
 
@@ -130,19 +118,13 @@ def draw_detections(stage: Path, path: Path, count: int, score: float) -> None:
     """
     Test images with the detections above a score.
     """
-    cfg = stage_cfg(stage)
-    # Detectron2's predictor would load them with its own checkpointer.
-    weights, cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS, ""
-    predictor = DefaultPredictor(cfg)
-    AVCheckpointer(predictor.model).load(weights)
-    names = class_names(stage, cfg, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    cfg = stage_with_clips(stage)
+    predict = Predictor(cfg, score)
     images, titles = [], []
     for image, title, truth, silent in tqdm(pictures(cfg, count), "detections", count):
-        found = predictor(image[:, :, ::-1])["instances"].to("cpu")
-        found = found[found.scores > score]
-        classes = found.pred_classes.tolist()
-        labels = [f"{names[c]} {s:.0%}" for c, s in zip(classes, found.scores.tolist())]
-        boxes = found.pred_boxes.tensor.numpy()
+        found = predict.shown(predict.find_all([image[:, :, ::-1]])[0])
+        labels = [f"{name} {s:.0%}" for name, s in zip(found.names, found.scores.tolist())]
+        boxes, classes = found.pred_boxes.tensor.numpy(), found.pred_classes.tolist()
         images.append(draw_boxes(image, boxes, labels, classes, truth, silent))
         titles.append(title)
     save_grid(path, images, titles)

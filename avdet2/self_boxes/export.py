@@ -5,13 +5,13 @@ Self-boxes and self-labels as a COCO data set, for any detector framework.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import cv2
 import numpy as np
 
 from detectron2.config import CfgNode
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 
 from avdet2.data.mappers.av_mapper import AVMapper
@@ -50,7 +50,12 @@ def frame_name(clip: dict) -> str:
 
 
 def export_self_boxes(
-    model: AVLocalizer, cfg: CfgNode, clips: Sequence[dict], output_dir: str
+    model: AVLocalizer,
+    cfg: CfgNode,
+    clips: Sequence[dict],
+    output_dir: str,
+    classes: Mapping[int, str] | None = None,
+    select: Callable[[Instances], Instances] = lambda instances: instances,
 ) -> dict | None:
     """
     Write ``annotations.json`` and ``images/`` for the middle frame of every clip.
@@ -60,6 +65,8 @@ def export_self_boxes(
         cfg: its config.
         clips: of :func:`avdet2.data.clips.training_clips`; the `sample_id` names the frames.
         output_dir: a folder; made where it does not exist.
+        classes: {cluster: name} of the clusters that stand for a class; by default all are numbered.
+        select: the self-boxes that are written, of those of a frame, with such clusters.
 
     Returns:
         dict: what annotations.json holds, on the main process. Category k + 1 is cluster k; an
@@ -70,19 +77,21 @@ def export_self_boxes(
     os.makedirs(writer.folder, exist_ok=True)
     batches = predict_clips(model, clips, writer, 16, cfg.DATALOADER.NUM_WORKERS)
     local = [
-        _coco_entries(inputs, outputs["instances"])
+        _coco_entries(inputs, select(outputs["instances"]))
         for batch in batches
         for inputs, outputs in zip(*batch)
     ]
     gathered = [entry for part in comm.gather(local) for entry in part]
     if not comm.is_main_process():
         return None
-    names = cluster_names(model.num_clusters or cfg.MODEL.LOCALIZER.NUM_CLUSTERS)
+    if classes is None:
+        number = model.num_clusters or cfg.MODEL.LOCALIZER.NUM_CLUSTERS
+        classes = dict(enumerate(cluster_names(number)))
     coco = {
         "info": {"description": "self-boxes and self-labels by avdet2"},
         "images": [image for image, _ in gathered],
         "annotations": [annotation for _, boxes in gathered for annotation in boxes],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
+        "categories": [{"id": k + 1, "name": name} for k, name in classes.items()],
     }
     # Some readers take an annotation with the id 0 for none.
     for i, annotation in enumerate(coco["annotations"], 1):
@@ -92,7 +101,7 @@ def export_self_boxes(
     return coco
 
 
-def _coco_entries(inputs: dict, instances) -> tuple[dict, list[dict]]:
+def _coco_entries(inputs: dict, instances: Instances) -> tuple[dict, list[dict]]:
     image = {
         "id": inputs["sample_id"],
         "file_name": frame_name(inputs),

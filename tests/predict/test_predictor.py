@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from evil_files import evil_file
 from finished_runs import finished_run, picture_of
 from media_files import decode_all, time_of_frame, write_video
 
@@ -189,6 +190,13 @@ def test_a_drawn_picture_has_its_boxes(run):
 def test_a_model_without_weights_is_refused():
     with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
         Predictor(load_cfg("", ["MODEL.WEIGHTS", ""]))
+
+
+def test_nothing_in_a_file_of_weights_is_executed(run, tmp_path):
+    weights, made = evil_file("evil.pkl", tmp_path)
+    with pytest.raises(ValueError, match=r"evil.pkl .*not executed"):
+        Predictor(run, opts=["MODEL.WEIGHTS", weights])
+    assert not made.exists()
 
 
 def test_where_the_detector_is(run, tmp_path):
