@@ -57,9 +57,10 @@ def write_cluster_file(stages: Sequence[Stage], folder: str) -> str | None:
 
 def _named(stage: Stage) -> ClusterFile:
     cfg = stage.cfg
-    number, names = cfg.MODEL.ROI_HEADS.NUM_CLASSES, stage.kind.class_names(None)
+    number = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     matching, sizes = _saved_matching(stage.folder, cfg), [None] * number
     try:
+        names = stage.kind.class_names(None)
         matching = matching or names.for_training_labels()
         clusters = names.votes.clusters.numpy()
         sizes = np.bincount(clusters, minlength=number).tolist()
