@@ -150,7 +150,7 @@ def on_video(predict, file: str, output: Path, found, track: bool) -> None:
     from tqdm import tqdm
 
     from avdet2.data.media.video import probe
-    from avdet2.data.media.writing import VideoWriter
+    from avdet2.data.media.video_writer import VideoWriter
     from avdet2.utils.files import write_whole
 
     info = probe(file)
@@ -173,7 +173,7 @@ def on_webcam(predict, output: Path | None, track: bool) -> None:
     """
     import cv2
 
-    from avdet2.data.media.writing import VideoWriter
+    from avdet2.data.media.video_writer import VideoWriter
 
     def seen() -> Iterator[tuple[float, np.ndarray]]:
         camera, start = cv2.VideoCapture(0), time.monotonic()
