@@ -4,7 +4,6 @@ Waveforms to log spectrograms, in batches on the model's device.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchaudio.functional import melscale_fbanks
 
@@ -57,12 +56,6 @@ class LogSpectrogram(nn.Module):
                 n_fft // 2 + 1, f_min, f_max, n_mels, sample_rate, norm="slaney", mel_scale="slaney"
             ).t()
         self.register_buffer("filters", filters, persistent=False)
-        # A filter has 1 in 100 frequencies: which, where those of each filter start, and weights.
-        self._bags = None
-        if filters is not None:
-            rows, columns = filters.nonzero(as_tuple=True)
-            counts = torch.bincount(rows, minlength=len(filters))
-            self._bags = columns, counts.cumsum(0) - counts, filters[rows, columns]
 
     @classmethod
     def from_config(cls, cfg):
@@ -107,20 +100,6 @@ class LogSpectrogram(nn.Module):
             spectrum = spectrum[..., :-1]
             power = spectrum.real.square() + spectrum.imag.square()
             if self.filters is not None:
-                power = self._mel(power)
+                power = self.filters @ power
             log_power = torch.log(power + self.log_eps)
         return ((log_power - self.mean) / self.std)[:, None]
-
-    def _mel(self, power: torch.Tensor) -> torch.Tensor:
-        """
-        Apply the filters to power of shape (N, n_fft // 2 + 1, T).
-        """
-        # On a GPU the whole product costs nothing.
-        if power.device.type != "cpu":
-            return self.filters @ power
-        columns, starts, weights = self._bags
-        # One row for each frequency, with all times of all samples.
-        flat = power.transpose(0, 1).flatten(1)
-        weights = weights.to(flat.dtype)
-        sums = F.embedding_bag(columns, flat, starts, mode="sum", per_sample_weights=weights)
-        return sums.unflatten(1, (len(power), -1)).transpose(0, 1)
