@@ -55,7 +55,11 @@ DEV = [
     "ruff==0.17.6",
     # Tests of the page, where there is a Chromium.
     "selenium>=4.20",
+    # Reads the labels that were exported.
+    "supervision>=0.26.1",
 ]
+# tools/export_labels.py and tools/export_model.py; PyTorch asks for onnx.
+EXPORT = ["globox>=2.5", "onnx>=1.16", "onnxruntime>=1.18", "safetensors>=0.4"]
 # tools/predict.py --track. It asks for opencv-python, which lies beside the headless build in one
 # Python package, cv2: install the headless one again after it.
 TRACK = ["supervision>=0.26.1", "trackers>=2.6"]
@@ -97,8 +101,9 @@ setup(
         # MODEL.META_ARCHITECTURE SelectiveSearch. Uninstall the other packages of OpenCV first: all
         # of them are one Python package, cv2.
         "selective-search": ["opencv-contrib-python-headless>=4.10"],
+        "export": EXPORT,
         "track": TRACK,
         # Tests, lint and format.
-        "dev": DEV,
+        "dev": DEV + EXPORT,
     },
 )

@@ -64,10 +64,12 @@ def _imported(*folders: str) -> set[str]:
 def test_setup_asks_for_what_is_imported_and_nothing_else():
     needed = _imported("avdet2", "datasets")
     declared, for_tests = _declared("INSTALL_REQUIRES"), _declared("DEV")
-    optional = _declared("TRACK")
+    exports = _declared("EXPORT")
+    optional = _declared("TRACK") | exports
     assert {"torch", "opencv-python-headless", "pyyaml"} <= needed <= declared | optional
-    assert optional <= needed
-    assert _imported("tools", "tests") <= declared | for_tests
+    # PyTorch imports onnx.
+    assert optional - needed <= {"onnx"}
+    assert _imported("tools", "tests") <= declared | for_tests | exports
     # Detectron2's, with ranges that it works with.
     assert declared - needed - _imported("tools") <= {"fvcore", "iopath", "pyarrow"}
     # Run, or loaded by pytest, and not imported.
@@ -80,7 +82,8 @@ def test_every_package_is_pinned(version):
     pins = (ROOT / "requirements" / f"constraints-py{version}.txt").read_text().splitlines()
     pinned = {_normal(line.partition("==")[0]) for line in pins if "==" in line}
     # OpenCV's headless build is what is installed.
-    assert _declared("INSTALL_REQUIRES") | _declared("DEV") <= pinned
+    asked = (_declared(name) for name in ("INSTALL_REQUIRES", "DEV", "EXPORT"))
+    assert set().union(*asked) <= pinned
 
 
 def test_what_to_cite_is_this_version():
