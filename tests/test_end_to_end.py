@@ -70,7 +70,8 @@ def test_every_stage_leaves_its_results(finished):
         assert (folder / stage / "inference" / "results.json").is_file()
         assert (folder / stage / "model_final.pth").is_file() == (stage != "center_box")
     table = (folder / "table.md").read_text()
-    assert table in printed
+    # That of the results, and that of the clusters.
+    assert all(part in printed for part in table.split("\n\n"))
     assert all(f"| {stage} " in table for stage in STAGES)
 
 
@@ -218,6 +219,23 @@ def test_names_are_kept_to(finished, tiny_datasets, tmp_path):
     assert used.mapping.tolist() == [0, 0] and used.class_names == [matching.class_names[1]]
 
 
+def test_the_page_and_the_last_words_are_there(finished):
+    folder, printed = finished
+    assert "24 clips in " in printed and "detector, on " in printed
+    page = (folder / "report" / "index.html").read_text()
+    media = list((folder / "report" / "media").iterdir())
+    shown = [path.name for path in media if path.suffix == ".jpg" and path.stem[0].isdigit()]
+    assert 1 <= len(shown) <= 18
+    for name in shown:
+        assert f'src="media/{name}"' in page
+        stem = name.removesuffix(".jpg")
+        # A frame, a heatmap and the sound, all in one folder.
+        assert {path.suffix for path in media if path.stem == stem} == {".jpg", ".png", ".mp3"}
+    results = json.loads((folder / "results.json").read_text())
+    assert results["localizer_joint (self-boxes)"]["assignment"]["clips"] == 24
+    assert results["detector"]["found"]["frames"] == len(shown)
+
+
 def test_pictures_are_drawn(finished, tiny_datasets):
     folder, _ = finished
     run("visualize_results.py", "--run", str(folder), "--count", "4", datasets=tiny_datasets)
@@ -259,5 +277,10 @@ def test_own_videos_need_one_key(tiny_datasets, tmp_path):
     # What is known of the videos is kept once, for all stages.
     assert len(list(tmp_path.glob("clip_index-*.arrow"))) == 1
     checkpoint = torch.load(tmp_path / "detector" / "model_final.pth", weights_only=True)
+    # Without a test set there are results, too.
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["localizer_joint (self-boxes)"]["training"].keys() == {"accuracy", "chance"}
+    assert "| cluster | name |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "report" / "index.html").is_file()
     # Eight clusters and the background.
     assert checkpoint["model"]["roi_heads.box_predictor.cls_score.weight"].shape[0] == 9

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Runs all stages in one go, each through tools/train_net.py, and prints one table at the end.
+Runs all stages in one go, each through tools/train_net.py. At its end it prints one table, what was
+learned and what to do next, and writes a page to look at and to listen to (tools/report.py).
 
     python tools/run_pipeline.py --config-file configs/quick_schedules/synthetic_pipeline.yaml
     python tools/run_pipeline.py --config-file configs/pipeline_K39.yaml DATASETS.VIDEOS my_videos/
@@ -36,7 +37,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import IO
 
 from detectron2.engine import default_argument_parser
@@ -46,12 +48,17 @@ from avdet2.config_file import load_cfg
 from avdet2.engine.cluster_naming import write_cluster_file
 from avdet2.engine.environment import given_processes, meeting_point, stage_environment
 from avdet2.engine.pipeline import Stage, make_stages, needed, split_opts
+from avdet2.engine.time_left import TimeLeft
 from avdet2.evaluation.build import results_file
 from avdet2.evaluation.table import results_table
+from avdet2.report.page import Report, write_report
+from avdet2.report.words import clusters_table, last_words, measured, too_few_clips
 from avdet2.utils.files import write_whole
 
 logger = logging.getLogger("avdet2.pipeline")
 TRAIN_NET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_net.py")
+# How often the time that is left is told, in seconds: at first, and later.
+TELL_SECONDS = (60, 960)
 
 
 def lock_folder(folder: str, rank: int = 0, seconds: float = 10.0) -> IO[str]:
@@ -101,6 +108,7 @@ def run_stages(
         lock: of :func:`lock_folder`.
         processes: of :func:`given_processes`: this process runs its part of each stage.
     """
+    left = TimeLeft(stages)
     for i, stage in enumerate(stages):
         title = f"stage {i + 1} of {len(stages)}: {stage.name}"
         # All processes decide alike: a stage's files change only after all have joined for it.
@@ -109,22 +117,47 @@ def run_stages(
             continue
         logger.info(f"{title} starts ({stage.config_file} -> {stage.folder})")
         start = time.perf_counter()
-        # The stage holds the lock too. It is killed if anything is raised here.
-        code = subprocess.call(
-            stage.command(TRAIN_NET, args),
-            pass_fds=[lock.fileno()],
-            env=stage_environment(processes or {}, i),
-        )
+
+        def tell(elapsed: float) -> None:
+            seconds = left.seconds(i, elapsed)
+            if seconds is not None:
+                text = timedelta(seconds=round(seconds, -1))
+                logger.info(f"{title}: about {text} left for all stages, without evaluation")
+
+        environment = stage_environment(processes or {}, i)
+        code = _run(stage.command(TRAIN_NET, args), environment, lock, tell)
         if code:
             logger.error(f"{title} failed: see above, and {stage.folder}/log.txt")
             sys.exit(code if code > 0 else 128 - code)
+        left.has_run(i, time.perf_counter() - start)
         logger.info(f"{title} took {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
-def write_table(stages: list[Stage], output_dir: str) -> str:
+def _run(
+    command: list[str], environment: Mapping[str, str], lock: IO[str], tell: Callable[[float], None]
+) -> int:
+    """
+    Run a stage, and tell now and then how long it has been running, ever more rarely.
+    """
+    start, pause = time.perf_counter(), TELL_SECONDS[0]
+    # The stage holds the lock too.
+    with subprocess.Popen(command, pass_fds=[lock.fileno()], env=environment) as process:
+        try:
+            while True:
+                try:
+                    return process.wait(pause)
+                except subprocess.TimeoutExpired:
+                    tell(time.perf_counter() - start)
+                    pause = min(2 * pause, TELL_SECONDS[1])
+        except BaseException:
+            process.kill()
+            raise
+
+
+def write_table(stages: list[Stage], output_dir: str, report: Report | None = None) -> str:
     """
     Collect the results of all stages, a row for each test set, into table.md and results.json in
-    OUTPUT_DIR.
+    OUTPUT_DIR, with what the report says of clusters. Neither is written where there is nothing.
     """
     rows = {}
     for stage in stages:
@@ -138,12 +171,28 @@ def write_table(stages: list[Stage], output_dir: str) -> str:
             rows.update({f"{title}, {name}": results.get(name, {}) for name in names})
         else:
             rows[title] = results
-    table = results_table(rows)
-    with write_whole(os.path.join(output_dir, "table.md")) as part:
-        part.write_text(table)
-    with write_whole(os.path.join(output_dir, "results.json")) as part:
-        part.write_text(json.dumps(rows, indent=1))
-    return table if rows else ""
+    table = results_table(rows) if rows else ""
+    if report:
+        for title, tasks in measured(report).items():
+            rows[title] = {**rows.get(title, {}), **tasks}
+    if rows:
+        parts = [table, clusters_table(report) if report else ""]
+        with write_whole(os.path.join(output_dir, "table.md")) as part:
+            part.write_text("\n".join(text for text in parts if text))
+        with write_whole(os.path.join(output_dir, "results.json")) as part:
+            part.write_text(json.dumps(rows, indent=1))
+    return table
+
+
+def make_report(output_dir: str) -> Report | None:
+    """
+    The page; a pipeline that has been trained is not lost where it cannot be written.
+    """
+    try:
+        return write_report(output_dir)
+    except Exception as error:
+        logger.warning(f"there is no page: {error}; tools/report.py --run {output_dir} tries again")
+        return None
 
 
 def main(args: argparse.Namespace) -> None:
@@ -166,13 +215,19 @@ def main(args: argparse.Namespace) -> None:
     stages = needed(make_stages(args.config_file, args.opts), cfg.PIPELINE.ONLY)
     for stage in stages:
         stage.check_unchanged()
+    warning = too_few_clips(stages) if rank == 0 else ""
+    if warning:
+        logger.warning(warning)
     run_stages(stages, args, lock, processes)
     if rank > 0:
         return
     write_cluster_file(stages, output_dir)
-    table = write_table(stages, output_dir)
+    report = make_report(output_dir)
+    table = write_table(stages, output_dir, report)
     if table:
         print(f"\n{table}\n* class-agnostic; written to {output_dir}/table.md")
+    if report:
+        print(f"\n{last_words(report)}\n")
     print(f"everything is in {output_dir}")
 
 

@@ -39,6 +39,7 @@ def write_results(stage, results):
 def test_one_row_for_each_stage(tool, tmp_path):
     stages = make_stages(PIPELINE, ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "('a',)"])
     assert tool.write_table(stages, str(tmp_path)) == ""
+    assert not (tmp_path / "table.md").exists()
     write_results(stages[1], {"bbox": {"AP50": 12.3}})
     write_results(stages[3], {"bbox": {"AP50": 45.6}})
     lines = tool.write_table(stages, str(tmp_path)).splitlines()[2:]
@@ -106,6 +107,22 @@ def test_the_first_failure_is_the_last_stage(tool, tmp_path):
         tool.run_stages(stages, Namespace(), lock)
     assert error.value.code == 3
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_time_is_told_ever_more_rarely(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "TELL_SECONDS", (0.1, 0.4))
+    told, end = [], tmp_path / "end"
+
+    def tell(elapsed: float) -> None:
+        told.append(elapsed)
+        if len(told) == 4:
+            end.touch()
+
+    code = f"import os, time\nwhile not os.path.exists({str(end)!r}): time.sleep(0.01)\nexit(3)"
+    with tool.lock_folder(str(tmp_path)) as lock:
+        assert tool._run([sys.executable, "-c", code], dict(os.environ), lock, tell) == 3
+    pauses = [b - a for a, b in zip([0.0, *told], told)]
+    assert all(pause >= least for pause, least in zip(pauses, (0.1, 0.19, 0.39, 0.39)))
 
 
 # The tool with a stage that tells its process id and sleeps.
@@ -226,7 +243,8 @@ def test_all_stages_by_torchrun(tiny_datasets, tmp_path):
         for log in ("pipeline.txt", "pipeline.txt.rank1"):
             assert (tmp_path / log).read_text().count("is done") == done_before
         # Once, and not by each process.
-        assert done.stdout.count((tmp_path / "table.md").read_text()) == 1
+        table = (tmp_path / "table.md").read_text().partition("\n\n")[0]
+        assert done.stdout.count(table) == 1
     assert "World size: 2" in (tmp_path / "detector" / "log.txt.rank1").read_text()
 
 

@@ -1,0 +1,154 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+What a pipeline says at its end: what was learned, and what to do next.
+"""
+
+import shlex
+from collections.abc import Sequence
+
+from avdet2.data.clips import training_clips
+from avdet2.engine.pipeline import Stage
+from avdet2.report.clusters import SCORE
+from avdet2.report.page import Report
+
+__all__ = ["advice", "clusters_table", "last_words", "measured", "too_few_clips"]
+
+# Training clips of the synthetic benchmark (README.md, "Measured"): no fewer are known to do.
+ENOUGH_CLIPS = 1600
+SCORES = (0.1, 0.3, SCORE, 0.7, 0.9)
+# Of all clusters; with more of them doubtful, another number may be better.
+DOUBTFUL_SHARE = 0.5
+# Boxes on a frame of a training clip, each of which has a self-box.
+FEW_BOXES = 0.25
+
+
+def too_few_clips(stages: Sequence[Stage]) -> str:
+    """
+    A warning before the first stage that trains; empty where there are enough clips, or where it is
+    not known: the stage itself says what is wrong with its clips.
+    """
+    cfg = next((stage.cfg for stage in stages if not (stage.eval_only or stage.is_done())), None)
+    if cfg is None:
+        return ""
+    try:
+        number = len(training_clips(cfg.DATASETS.TRAIN)[0])
+    except Exception:
+        return ""
+    if number >= ENOUGH_CLIPS:
+        return ""
+    return (
+        f"there are {number:,} training clips: this runs, but may teach little. The synthetic "
+        f"benchmark, with six simple classes, needed {ENOUGH_CLIPS:,} clips"
+    )
+
+
+def measured(report: Report) -> dict[str, dict[str, dict[str, float]]]:
+    """
+    What is known without a test set, as rows of results (row, task, metric, number).
+    """
+    run, clusters = report.run, report.clusters
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for stage in run.stages:
+        if learning := stage.learning:
+            numbers = {"accuracy": learning.accuracy, "chance": learning.chance}
+            rows[stage.kind.title.format(stage.name)] = {"training": numbers}
+    used = [cluster for cluster in clusters.clusters if cluster.size]
+    sizes = [cluster.size for cluster in used]
+    rows.setdefault(run.localizer.kind.title.format(run.localizer.name), {})["assignment"] = {
+        "clips": clusters.num_clips,
+        "clusters_used": len(used),
+        "clusters_doubtful": len(clusters.doubtful),
+        "smallest": min(sizes),
+        "largest": max(sizes),
+        "confidence": sum(c.size * c.confidence for c in used) / clusters.num_clips,
+    }
+    if run.detector:
+        boxes = clusters.boxes_above(SCORES)
+        counts = {f"boxes_{100 * score:.0f}": count for score, count in boxes.items()}
+        found = {"frames": len(clusters.shown), **counts}
+        rows[run.detector.kind.title.format(run.detector.name)] = {"found": found}
+    return rows
+
+
+def clusters_table(report: Report) -> str:
+    """
+    The clusters as a Markdown table, the surest first.
+    """
+    lines = [["cluster", "name", "clips", "how sure", "purity", "found", "doubts"]]
+    lines.append(["---:", "---", "---:", "---:", "---:", "---:", "---"])
+    for cluster in report.clusters.clusters:
+        shares = [cluster.confidence if cluster.size else None, cluster.purity, cluster.found]
+        name = report.names.names[cluster.id].replace("|", "\\|")
+        cells = ["-" if share is None else f"{share:.0%}" for share in shares]
+        lines.append(
+            [str(cluster.id), name, f"{cluster.size:,}", *cells, "; ".join(cluster.doubts)]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def last_words(report: Report) -> str:
+    """
+    Clusters, whether the localizer learned, what the detector finds, what to do, and the page.
+    """
+    run, clusters = report.run, report.clusters
+    used = sum(cluster.size > 0 for cluster in clusters.clusters)
+    lines = [f"{clusters.num_clips:,} clips in {used} clusters:", "", clusters_table(report)]
+    for learning in run.learning:
+        verdict = "it learned" if learning.learned else "it did NOT learn"
+        lines.append(
+            f"{learning.stage} picks the right sound for {learning.accuracy:.0%} of the frames "
+            f"(chance: {learning.chance:.0%}): {verdict}"
+        )
+    if run.detector:
+        counts = clusters.boxes_above(SCORES)
+        found = ", ".join(f"{count} from score {score} on" for score, count in counts.items())
+        lines.append(
+            f"{run.detector.name}, on {len(clusters.shown)} training frames, boxes: {found}"
+        )
+    if todo := advice(report):
+        lines += ["", "What to do:", *(f"* {text}" for text in todo)]
+    folder = shlex.quote(str(run.path))
+    lines += ["", f"Look, listen and name the clusters: {report.index}"]
+    lines.append(f"    python tools/report.py --run {folder} --serve")
+    if run.detector:
+        lines.append("Use the detector:")
+        lines.append(f"    python tools/predict.py --run {folder} --input PICTURES --output found")
+    return "\n".join(lines)
+
+
+def advice(report: Report) -> list[str]:
+    """
+    What to do where something did not learn; empty where all went well.
+    """
+    run, clusters, learning = report.run, report.clusters, report.run.learning
+    todo = []
+    learned = not learning or learning[-1].learned
+    if not learned:
+        if clusters.num_clips < ENOUGH_CLIPS:
+            todo.append(
+                f"more clips: there are {clusters.num_clips:,}, the synthetic benchmark needed "
+                f"{ENOUGH_CLIPS:,}"
+            )
+        todo += [_longer(stage) for stage in run.stages if stage.learning]
+        todo.append(
+            "check that the clips have sound that belongs to what is seen (music over pictures "
+            "teaches nothing): listen to them on the page"
+        )
+    elif len(clusters.doubtful) > DOUBTFUL_SHARE * len(clusters.clusters):
+        number = run.localizer.cfg.MODEL.LOCALIZER.NUM_CLUSTERS
+        todo.append(
+            f"{len(clusters.doubtful)} of {number} clusters are doubtful: try another "
+            f"MODEL.LOCALIZER.NUM_CLUSTERS, or {_longer(run.localizer)}"
+        )
+    if learned and run.detector and clusters.shown:
+        if clusters.boxes_above([SCORE])[SCORE] < FEW_BOXES * len(clusters.shown):
+            todo.append(f"the detector finds little: {_longer(run.detector)}")
+    if todo:
+        todo.append("a run with other options needs an OUTPUT_DIR of its own")
+    return todo
+
+
+def _longer(stage) -> str:
+    solver = stage.cfg.SOLVER
+    key = "MAX_EPOCH" if solver.MAX_EPOCH else "MAX_ITER"
+    return f"train longer: {stage.name}:SOLVER.{key} {2 * solver[key]:g} (was {solver[key]:g})"
