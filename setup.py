@@ -20,9 +20,9 @@ INSTALL_REQUIRES = [
     "torch>=2.4",
     "torchvision>=0.19",
     "torchaudio>=2.4",
-    # 17 turns pictures another way; 19 has no metadata_errors, and its resamplers keep their threads
-    # until they are garbage-collected.
-    "av>=18,<19",
+    # 17.1 is the last one for Python 3.10. 19 has no metadata_errors, and its resamplers keep their
+    # threads until they are garbage-collected.
+    "av>=17.1,<19",
     "faster-coco-eval>=1.6.5",
     "filelock>=3.12",
     "fvcore>=0.1.5,<0.1.6",

@@ -78,12 +78,24 @@ def test_setup_asks_for_what_is_imported_and_nothing_else():
 
 
 @pytest.mark.parametrize("version", ["310", "311", "312"])
-def test_every_package_is_pinned(version):
-    pins = (ROOT / "requirements" / f"constraints-py{version}.txt").read_text().splitlines()
-    pinned = {_normal(line.partition("==")[0]) for line in pins if "==" in line}
-    # OpenCV's headless build is what is installed.
-    asked = (_declared(name) for name in ("INSTALL_REQUIRES", "DEV", "EXPORT"))
-    assert set().union(*asked) <= pinned
+def test_every_package_is_locked(version):
+    folder = ROOT / "requirements"
+    text = (folder / f"lock-py{version}.txt").read_text().replace("\\\n", " ")
+    lock = [line for line in text.splitlines() if not line.startswith("#")]
+    # A name, a version, and hashes of files.
+    pattern = r"([a-z0-9-]+)==[^ ]+( +--hash=sha256:[0-9a-f]{64})+"
+    names = [match[1] if (match := re.fullmatch(pattern, line)) else line for line in lock]
+    # Detectron2's, too; and what builds and finds packages.
+    lines = (ROOT / "tools" / "detectron2_pure" / "METADATA").read_text().splitlines()
+    wanted = [line.split()[1] for line in lines if line.startswith("Requires-Dist: ")]
+    wanted = {_normal(re.match(r"[\w.-]+", line)[0]) for line in wanted}
+    wanted |= {"pip", "setuptools", "wheel", "packaging", "unearth"}
+    wanted = wanted.union(*map(_declared, ("INSTALL_REQUIRES", "DEV", "EXPORT")))
+    assert wanted <= set(names)
+    pins = (folder / f"constraints-py{version}.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lock] == [pin for pin in pins if pin[0] != "#"], (
+        "run `bash tools/lock.sh`"
+    )
 
 
 def test_what_to_cite_is_this_version():

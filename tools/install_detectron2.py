@@ -9,6 +9,11 @@ today's PyTorch, NumPy and Pillow by the table ``detectron2_pure/edits.json``, p
 ``detectron2-0.6+pure`` and installed with pip. GeneralizedRCNN needs no more: torchvision brings
 its operators. Rotated boxes and deformable convolution need a Detectron2 built from source.
 
+The source distribution is another publisher's, as Detectron2's own authors have none of 0.6. The
+one with this hash was compared with the tag v0.6 (d1e04565) of the official repository: all Python
+files of the package and of its projects, and the configs of its model zoo, are byte for byte the
+same. Only setup.py and setup.cfg differ, which are neither run nor packed.
+
     python tools/install_detectron2.py                      # into the environment of this Python
     python tools/install_detectron2.py --wheel-only dist    # only write the wheel
 """

@@ -2,10 +2,12 @@
 #
 # Sourced by demo.sh and test.sh: makes the environment they run in and names its Python in $PYTHON.
 # What was done before is skipped. Outside the checkout nothing is written but pip's own cache.
+# Every package is of the version, and has the hash, that requirements/lock-py*.txt says.
 #
 #   AVDET2_BASE_PYTHON=PATH  makes .venv with this Python; otherwise a Python 3.10-3.12 is looked for
 #   AVDET2_PYTHON=PATH       uses the environment of this Python, which has PyTorch and Detectron2
-#                            already, in place of .venv, and installs only avdet2 there
+#                            already, in place of .venv, and installs only avdet2 there; where
+#                            other packages are missing, it says how to install them, and stops
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
@@ -45,6 +47,17 @@ find_base_python() {
   fail "no Python 3.10, 3.11 or 3.12 was found: install one, or name it in AVDET2_BASE_PYTHON"
 }
 
+# lock_of PYTHON: the file that says what is installed for it.
+lock_of() {
+  printf '%s/requirements/lock-py%s.txt' "$ROOT" \
+    "$("$1" -c 'import sys; print("%d%d" % sys.version_info[:2])')"
+}
+
+# The part of a lock file by which packages without wheels are built.
+build_tools() {
+  awk '/^[^ #]/ {kept = /^(packaging|pip|setuptools|wheel)==/} kept' "$1"
+}
+
 make_venv() {
   find_base_python
   say "making .venv with $("$BASE_PYTHON" --version)"
@@ -52,7 +65,8 @@ make_venv() {
     "$BASE_PYTHON" -m venv "$VENV"
   elif "$BASE_PYTHON" -m pip --version >/dev/null 2>&1; then
     "$BASE_PYTHON" -m venv --without-pip "$VENV"
-    "$BASE_PYTHON" -m pip --python "$VENV/bin/python" install -q pip
+    "$BASE_PYTHON" -m pip --python "$VENV/bin/python" install -q --require-hashes \
+      -r <(build_tools "$(lock_of "$BASE_PYTHON")")
   else
     fail "$BASE_PYTHON has neither ensurepip nor pip: run \`sudo apt install python3-venv\`," \
       "or name another Python in AVDET2_BASE_PYTHON"
@@ -77,9 +91,13 @@ step() {
   printf '%s\n' "$digest" >"$stamp"
 }
 
-# Packages without wheels are built with the pinned setuptools, hence no build isolation.
+# Packages without wheels are built with the locked setuptools, hence no build isolation.
 pip_install() {
-  "$PYTHON" -m pip install -qq --no-build-isolation -c "$PINS" "$@"
+  "$PYTHON" -m pip install -qq --no-build-isolation "$@"
+}
+
+install_build_tools() {
+  pip_install --require-hashes -r <(build_tools "$LOCK")
 }
 
 install_detectron2() {
@@ -88,11 +106,11 @@ install_detectron2() {
     "$("$PYTHON" -m pip show detectron2 2>/dev/null)" == *"Version: 0.6+pure"* ]]; then
     "$PYTHON" -m pip uninstall -q -y detectron2
   fi
-  "$PYTHON" "$ROOT/tools/install_detectron2.py" -- -q --no-build-isolation -c "$PINS"
+  "$PYTHON" "$ROOT/tools/install_detectron2.py" -- -q --no-deps
 }
 
 install_avdet2() {
-  (cd "$ROOT" && pip_install -e ".[dev]")
+  pip_install --no-deps -e "$ROOT"
   "$PYTHON" -m pip check
 }
 
@@ -103,33 +121,47 @@ use_venv() {
   # One whose making was interrupted has no pip.
   { is_supported "$PYTHON" && "$PYTHON" -c 'import pip' 2>/dev/null; } ||
     fail "$VENV is not a working environment of Python 3.10-3.12: delete it and run this again"
-  PINS="$ROOT/requirements/constraints-py$("$PYTHON" -c \
-    'import sys; print("%d%d" % sys.version_info[:2])').txt"
-  step pip "$(digest "$PINS")" pip_install pip setuptools wheel
-  step torch "$(digest "$PINS")" pip_install torch torchvision torchaudio
+  LOCK="$(lock_of "$PYTHON")"
+  step pip "$(digest "$LOCK")" install_build_tools
+  step packages "$(digest "$LOCK")" pip_install --require-hashes -r "$LOCK"
   step detectron2 \
-    "$(digest "$PINS" "$tools/install_detectron2.py" "$tools/detectron2_pure/"*)" install_detectron2
-  step avdet2 "$(digest "$PINS" "$ROOT/setup.py" "$ROOT/setup.cfg")" install_avdet2
+    "$(digest "$LOCK" "$tools/install_detectron2.py" "$tools/detectron2_pure/"*)" install_detectron2
+  step avdet2 "$(digest "$LOCK" "$ROOT/setup.py" "$ROOT/setup.cfg")" install_avdet2
 }
 
-# Prints the packages that avdet2 and its tests need and this environment lacks.
+# missing_packages EXTRA: prints what avdet2 (EXTRA "") or its tests (EXTRA dev) need and this
+# environment lacks, as words for `pip install`. The PyTorch, NumPy and OpenCV that are there stand
+# among them: pip then refuses what does not go with them, and leaves them as they are.
 missing_packages() {
-  "$PYTHON" - <<'END'
+  "$PYTHON" - "$1" <<'END'
 import importlib.metadata
 import importlib.util
-import re
+import shlex
+import sys
 
-for line in importlib.metadata.requires("avdet2"):
-    requirement, _, marker = line.partition(";")
-    name = re.match(r"[\w.-]+", requirement).group()
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
+
+installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+missing = []
+for requirement in map(Requirement, importlib.metadata.requires("avdet2")):
+    name, marker = requirement.name.lower(), requirement.marker
     # The other builds of OpenCV, such as opencv-python, serve as well.
-    if name.startswith("opencv") and importlib.util.find_spec("cv2"):
+    has_opencv = name.startswith("opencv") and importlib.util.find_spec("cv2")
+    wanted = not marker or marker.evaluate({"extra": sys.argv[1]})
+    version = installed.get(name)
+    if has_opencv or not wanted or (version and requirement.specifier.contains(version, True)):
         continue
-    if not marker or "dev" in marker:
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            print(name)
+    if name == "torchaudio":
+        missing.append("torchaudio==" + installed["torch"].partition("+")[0])
+    else:
+        missing.append(requirement.name + str(requirement.specifier))
+kept = [f"{name}=={version}" for name, version in sorted(installed.items())
+        if name in ("torch", "torchvision", "numpy") or name.startswith("opencv")]
+if missing:
+    print(shlex.join(missing + kept))
 END
 }
 
@@ -151,8 +183,12 @@ print(spec.origin if spec else "")')"
     "$PYTHON" -c 'import setuptools, wheel' 2>/dev/null && options+=(--no-build-isolation)
     "$PYTHON" -m pip install "${options[@]}" -e "$ROOT"
   fi
-  missing="$(missing_packages | tr '\n' ' ')"
-  [[ -z "$missing" ]] || say "not installed there, some parts will not work: $missing"
+  missing="$(missing_packages "")"
+  [[ -z "$missing" ]] ||
+    fail "packages are missing in the environment of $PYTHON. Run: $PYTHON -m pip install $missing"
+  missing="$(missing_packages dev)"
+  [[ -z "$missing" ]] ||
+    say "for all tests, run: $PYTHON -m pip install $missing"
 }
 
 if [[ -n "${AVDET2_PYTHON:-}" ]]; then
