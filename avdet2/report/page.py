@@ -15,6 +15,7 @@ import avdet2
 from avdet2.engine.cluster_naming import names_of_stage
 from avdet2.evaluation.naming.cluster_file import ClusterFile
 from avdet2.evaluation.table import table_cells
+from avdet2.report.advice import advice
 from avdet2.report.clusters import DOUBTS, SCORE, Clusters, look_at_clusters
 from avdet2.report.run_folder import RunFolder
 from avdet2.utils.files import write_whole
@@ -26,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "report"
 # Clips of a cluster, and of all clusters together, on a page.
-CLIPS, MAX_CLIPS = 9, 900
+CLIPS, MAX_CLIPS = 10, 900
+# Detections drawn on a frame: the surest.
+MAX_BOXES = 8
 # Pictures that an evaluation has drawn, with what they show.
 PICTURES = {
     "ap_over_iou.png": "Average precision over IoU thresholds, with classes and with classes as one",
@@ -142,6 +145,8 @@ def render(report: Report, curves: dict[str, str], pictures: dict[str, str]) -> 
         pictures=pictures,
         colors=[_css_color(color) for color in PALETTE],
         score=SCORE,
+        max_boxes=MAX_BOXES,
+        todo=advice(run, clusters),
         doubts=DOUBTS,
         columns=[{"id": k, "text": name} for k, name in enumerate(report.names.names)]
         + ["nothing"],

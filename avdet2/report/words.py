@@ -8,18 +8,13 @@ from collections.abc import Sequence
 
 from avdet2.data.clips import training_clips
 from avdet2.engine.pipeline import Stage
+from avdet2.report.advice import ENOUGH_CLIPS, advice
 from avdet2.report.clusters import SCORE
 from avdet2.report.page import Report
 
-__all__ = ["advice", "clusters_table", "last_words", "measured", "too_few_clips"]
+__all__ = ["clusters_table", "last_words", "measured", "too_few_clips"]
 
-# Training clips of the synthetic benchmark (README.md, "Measured"): no fewer are known to do.
-ENOUGH_CLIPS = 1600
 SCORES = (0.1, 0.3, SCORE, 0.7, 0.9)
-# Of all clusters; with more of them doubtful, another number may be better.
-DOUBTFUL_SHARE = 0.5
-# Boxes on a frame of a training clip, each of which has a self-box.
-FEW_BOXES = 0.25
 
 
 def too_few_clips(stages: Sequence[Stage]) -> str:
@@ -105,50 +100,12 @@ def last_words(report: Report) -> str:
         lines.append(
             f"{run.detector.name}, on {len(clusters.shown)} training frames, boxes: {found}"
         )
-    if todo := advice(report):
+    if todo := advice(run, clusters):
         lines += ["", "What to do:", *(f"* {text}" for text in todo)]
     folder = shlex.quote(str(run.path))
     lines += ["", f"Look, listen and name the clusters: {report.index}"]
     lines.append(f"    python tools/report.py --run {folder} --serve")
     if run.detector:
         lines.append("Use the detector:")
-        lines.append(f"    python tools/predict.py --run {folder} --input PICTURES --output found")
+        lines.append(f"    python tools/predict.py --run {folder} --input PICTURES")
     return "\n".join(lines)
-
-
-def advice(report: Report) -> list[str]:
-    """
-    What to do where something did not learn; empty where all went well.
-    """
-    run, clusters, learning = report.run, report.clusters, report.run.learning
-    todo = []
-    learned = not learning or learning[-1].learned
-    if not learned:
-        if clusters.num_clips < ENOUGH_CLIPS:
-            todo.append(
-                f"more clips: there are {clusters.num_clips:,}, the synthetic benchmark needed "
-                f"{ENOUGH_CLIPS:,}"
-            )
-        todo += [_longer(stage) for stage in run.stages if stage.learning]
-        todo.append(
-            "check that the clips have sound that belongs to what is seen (music over pictures "
-            "teaches nothing): listen to them on the page"
-        )
-    elif len(clusters.doubtful) > DOUBTFUL_SHARE * len(clusters.clusters):
-        number = run.localizer.cfg.MODEL.LOCALIZER.NUM_CLUSTERS
-        todo.append(
-            f"{len(clusters.doubtful)} of {number} clusters are doubtful: try another "
-            f"MODEL.LOCALIZER.NUM_CLUSTERS, or {_longer(run.localizer)}"
-        )
-    if learned and run.detector and clusters.shown:
-        if clusters.boxes_above([SCORE])[SCORE] < FEW_BOXES * len(clusters.shown):
-            todo.append(f"the detector finds little: {_longer(run.detector)}")
-    if todo:
-        todo.append("a run with other options needs an OUTPUT_DIR of its own")
-    return todo
-
-
-def _longer(stage) -> str:
-    solver = stage.cfg.SOLVER
-    key = "MAX_EPOCH" if solver.MAX_EPOCH else "MAX_ITER"
-    return f"train longer: {stage.name}:SOLVER.{key} {2 * solver[key]:g} (was {solver[key]:g})"

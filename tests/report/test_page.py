@@ -146,6 +146,17 @@ def test_heatmaps_and_doubtful_clusters_are_switched(page):
     assert not good.is_displayed() and one(page, "#cluster-2").is_displayed()
 
 
+def test_detections_are_shown_from_a_score_on(page):
+    found, slider = one(page, "#cluster-0 .box.found"), one(page, "#score")
+    assert found.is_displayed()
+    assert one(page, "#above").text == "0.5: 6 boxes on 6 frames"
+    # They have 0.8.
+    for _ in range(7):
+        slider.send_keys(Keys.ARROW_RIGHT)
+    assert not found.is_displayed()
+    assert one(page, "#above").text == "0.85: 0 boxes on 6 frames"
+
+
 def test_names_are_downloaded_and_read_back(page, tmp_path):
     save = one(page, "#save")
     assert not save.is_enabled()

@@ -9,7 +9,8 @@ import pytest
 from report_page import make_page, write_metrics
 
 from avdet2.report import words
-from avdet2.report.words import advice, clusters_table, last_words, measured, too_few_clips
+from avdet2.report.advice import advice
+from avdet2.report.words import clusters_table, last_words, measured, too_few_clips
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_a_run_that_learned_needs_nothing(report):
     assert "6 from score 0.7 on, 0 from score 0.9 on" in text
     assert f"tools/predict.py --run {report.run.path} " in text
     assert str(report.index) in text
-    assert advice(report) == [] and "What to do" not in text
+    assert advice(report.run, report.clusters) == [] and "What to do" not in text
 
 
 def test_a_run_that_did_not_learn_is_told_what_to_do(report):
@@ -65,7 +66,7 @@ def test_a_run_that_did_not_learn_is_told_what_to_do(report):
 def test_a_detector_that_finds_little_trains_longer(report):
     for clip in report.clusters.shown:
         clip.found = []
-    todo = advice(report)
+    todo = advice(report.run, report.clusters)
     assert any(text.startswith("3 of 6 clusters are doubtful") for text in todo)
     assert (
         "the detector finds little: train longer: detector:SOLVER.MAX_ITER 1600 (was 800)" in todo

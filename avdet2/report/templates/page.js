@@ -117,6 +117,19 @@
     // A reloaded page keeps its ticks.
     toggle();
   }
+  const score = document.getElementById("score");
+  if (score) {
+    const boxes = [...document.querySelectorAll("#clusters .box.found")];
+    const others = [...document.querySelectorAll("#failures .box.found")];
+    const frames = document.querySelectorAll("#clusters .frame").length;
+    const toggle = () => {
+      for (const found of [...boxes, ...others]) found.hidden = +found.dataset.score < +score.value;
+      const count = boxes.filter((found) => !found.hidden).length;
+      document.getElementById("above").textContent = `${score.value}: ${count} boxes on ${frames} frames`;
+    };
+    score.addEventListener("input", toggle);
+    toggle();
+  }
   const filter = document.getElementById("doubtful");
   if (filter) {
     const toggle = () => document.body.classList.toggle("only-doubtful", filter.checked);
