@@ -1,17 +1,22 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Detectron2's checkpointer, which executes nothing that is in a file.
+Detectron2's checkpointer, which executes nothing that is in a file, and writes files whole.
 """
 
 import logging
+import os
 from typing import Any
 
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 
 from avdet2.checkpoint.reading import load_checkpoint
+from avdet2.checkpoint.whole import LAST, checkpoint_to_go_on_from, write_checkpoint
+from avdet2.utils.collectives import of_main_process
+from avdet2.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +42,12 @@ class _SafeReader(Checkpointer):
 class AVCheckpointer(DetectionCheckpointer, _SafeReader):
     """
     A DetectionCheckpointer that only loads tensors, arrays and basic types: checkpoints of this
-    project and of Detectron2, and its model zoo's pickles of arrays (.pkl, .pyth).
+    project and of Detectron2, and its model zoo's pickles of arrays (.pkl, .pyth). What it saves is
+    there as a whole or not at all, and a training goes on from the newest one that is not damaged.
     """
+
+    # The checkpoint that a training goes on from, where it has been looked for.
+    _found: str | None = None
 
     def __init__(
         self,
@@ -73,3 +82,42 @@ class AVCheckpointer(DetectionCheckpointer, _SafeReader):
             "__author__": "pycls" if "model_state" in content else "Caffe2",
             "matching_heuristics": True,
         }
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """
+        See DetectionCheckpointer, and :func:`~avdet2.checkpoint.whole.write_checkpoint`.
+        """
+        if not (self.save_dir and self.save_to_disk):
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        states = {key: x.state_dict() for key, x in self.checkpointables.items()}
+        write_checkpoint({"model": self.model.state_dict(), **states, **kwargs}, path)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with write_whole(os.path.join(self.save_dir, LAST)) as part:
+            part.write_text(last_filename_basename)
+        self._found = os.path.join(self.save_dir, last_filename_basename)
+
+    def has_checkpoint(self) -> bool:
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """
+        See :func:`~avdet2.checkpoint.whole.checkpoint_to_go_on_from`, the same on all processes. To
+        be called first by all of them.
+        """
+        if self._found is None:
+            found = ""
+            if self.save_dir and comm.is_main_process():
+                try:
+                    found = checkpoint_to_go_on_from(self.save_dir)
+                # All processes raise together.
+                except ValueError as error:
+                    found = error
+            found = of_main_process(found)
+            if isinstance(found, ValueError):
+                raise found
+            self._found = found
+        return self._found

@@ -18,12 +18,11 @@ from detectron2.data import (
 from detectron2.engine import HookBase
 
 from avdet2.checkpoint.pixel_settings import Start
+from avdet2.checkpoint.whole import FINAL
 from avdet2.data.loaders import build_list_loader
 from avdet2.engine.hand_over import check_backbone, init_backbone, open_weights
 from avdet2.evaluation.naming.cluster_names import ClusterNames
 
-# Every training ends with a file of this name.
-FINAL = "model_final.pth"
 WEIGHTS = "MODEL.WEIGHTS"
 
 
