@@ -39,6 +39,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from types import FrameType
 from typing import IO
 
 from detectron2.engine import default_argument_parser
@@ -48,6 +49,7 @@ from avdet2.config_file import load_cfg
 from avdet2.engine.cluster_naming import write_cluster_file
 from avdet2.engine.environment import given_processes, meeting_point, stage_environment
 from avdet2.engine.pipeline import Stage, make_stages, needed, split_opts
+from avdet2.engine.stopping import SIGNALS, command_that_goes_on, on_signals
 from avdet2.engine.time_left import TimeLeft
 from avdet2.evaluation.build import results_file
 from avdet2.evaluation.table import results_table
@@ -137,21 +139,37 @@ def _run(
     command: list[str], environment: Mapping[str, str], lock: IO[str], tell: Callable[[float], None]
 ) -> int:
     """
-    Run a stage, and tell now and then how long it has been running, ever more rarely.
+    Run a stage, to which signals are passed on, and tell now and then how long it has been running,
+    ever more rarely.
     """
     start, pause = time.perf_counter(), TELL_SECONDS[0]
-    # The stage holds the lock too.
-    with subprocess.Popen(command, pass_fds=[lock.fileno()], env=environment) as process:
+    received: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    with on_signals(pass_on):
+        # The stage holds the lock too.
+        process = subprocess.Popen(command, pass_fds=[lock.fileno()], env=environment)
+        if received:
+            process.send_signal(received[0])
         try:
-            while True:
+            while process.returncode is None:
                 try:
-                    return process.wait(pause)
+                    process.wait(pause)
                 except subprocess.TimeoutExpired:
                     tell(time.perf_counter() - start)
                     pause = min(2 * pause, TELL_SECONDS[1])
-        except BaseException:
+        finally:
             process.kill()
-            raise
+    if received:
+        name = signal.Signals(received[0]).name
+        logger.warning(f"{name}: the pipeline goes on with: {command_that_goes_on()}")
+        sys.exit(128 + received[0])
+    return process.returncode
 
 
 def write_table(stages: list[Stage], output_dir: str, report: Report | None = None) -> str:
@@ -209,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
     # Which makes the folder.
     log = os.path.join(output_dir, "pipeline.txt")
     setup_logger(log, distributed_rank=rank, name="avdet2", abbrev_name="av")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     lock = lock_folder(output_dir, rank)
     stages = needed(make_stages(args.config_file, args.opts), cfg.PIPELINE.ONLY)

@@ -22,6 +22,9 @@ are started by a flag, on each of two machines (RANK is 0, and 1), by torchrun, 
 
 OUTPUT_DIR is then a folder that all of them see. A process that waits for another one longer than
 DISTRIBUTED.TIMEOUT seconds ends the run.
+
+SIGTERM, SIGUSR1 (SLURM's warning before a job's end: --signal=USR1@120) and Ctrl-C end a training
+behind an iteration, with a checkpoint and the command that goes on.
 """
 
 import argparse
@@ -32,13 +35,22 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from avdet2.checkpoint.checkpointer import AVCheckpointer
-from avdet2.engine import AVTrainer, setup
+from avdet2.engine import AVTrainer, load_cfg, setup
+from avdet2.engine.defaults import alone_in
 from avdet2.engine.launch import launch
 
 
 def main(args: argparse.Namespace) -> dict | None:
     """
     Train, or evaluate with ``--eval-only``, in one of the run's processes.
+    """
+    with alone_in(load_cfg(args.config_file, args.opts).OUTPUT_DIR):
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> dict | None:
+    """
+    The same, where no other run is at work.
     """
     cfg = setup(args)
     if args.eval_only:

@@ -8,6 +8,9 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -22,8 +25,30 @@ from avdet2.config_file import load_cfg
 from avdet2.data.clips import register_av_clips, training_clips
 from avdet2.engine.stages import stage_kind
 from avdet2.engine.train_step import check_precision
+from avdet2.utils.files import locked
 
 logger = logging.getLogger(__name__)
+# Workers of a run that was killed end so many seconds later, at the most.
+PATIENCE = 15.0
+
+
+@contextmanager
+def alone_in(folder: str) -> Iterator[None]:
+    """
+    Keep another run out of a folder while this one is at work in it.
+
+    Raises:
+        ValueError: another run was there first.
+    """
+    if not comm.is_main_process():
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    refusal = (
+        f"another run is at work in {folder}: wait for it, stop it, or choose another OUTPUT_DIR"
+    )
+    with locked(os.path.join(folder, "run.lock"), refusal, PATIENCE):
+        yield
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -42,7 +67,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     # What default_setup may overwrite is read before: the config.yaml beside the weights,
     messages = []
-    goes_on = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    goes_on = args.resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth"))
     if comm.is_main_process() and not goes_on:
         starts = stage_kind(cfg).starts()
         messages = pixel_messages(cfg, starts[:1] if args.eval_only else starts)

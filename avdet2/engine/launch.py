@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from detectron2.utils import comm
 
 from avdet2.config_file import load_cfg
 from avdet2.engine.environment import AGENT_STORE, given_processes, meeting_point
+from avdet2.engine.stopping import SIGNALS, on_signals
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -112,22 +114,39 @@ def _start(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def _wait(context: ProcessContext, first: int) -> None:
     """
-    Wait until all have ended, the first of them of that rank. If one fails, which is raised, or
-    this process is interrupted, the others are ended.
+    Wait until all have ended, the first of them of that rank. If one fails, which is raised, the
+    others are ended. SIGNALS are passed on to them.
     """
     killed: list[str] = []
+    stopped: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        stopped.append(128 + number)
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
     try:
-        while context.sentinels:
-            # Looked at before the others are ended too.
-            for sentinel in wait(list(context.sentinels)):
-                i = context.sentinels[sentinel]
-                process = context.processes[i]
-                process.join()
-                if process.exitcode < 0:
-                    name = signal.Signals(-process.exitcode).name
-                    killed.append(f"rank {first + i} was ended by {name}")
-            context.join()
+        with on_signals(pass_on):
+            while context.sentinels:
+                # Looked at before the others are ended too.
+                for sentinel in wait(list(context.sentinels)):
+                    i = context.sentinels[sentinel]
+                    process = context.processes[i]
+                    process.join()
+                    if process.exitcode < 0:
+                        name = signal.Signals(-process.exitcode).name
+                        killed.append(f"rank {first + i} was ended by {name}")
+                    elif process.exitcode - 128 in SIGNALS:
+                        stopped.append(process.exitcode)
+                if stopped:
+                    # All have agreed to end.
+                    for process in context.processes:
+                        process.join(10)
+                context.join()
     except ProcessException as error:
+        if stopped:
+            raise SystemExit(stopped[0]) from error
         if not killed:
             raise
         raise RuntimeError(
@@ -143,7 +162,9 @@ def _wait(context: ProcessContext, first: int) -> None:
 def _child(
     local_rank: int, parent: int, variables: dict[str, str], first: int, main: Callable, *rest
 ) -> None:
-    # The system sends SIGINT when the parent is gone. It must also end who waits inside PyTorch.
+    # PyTorch has the system send SIGINT when the parent is gone. But that lets a training end with
+    # a checkpoint, while this must also end who waits for other processes.
+    mp._prctl_pr_set_pdeathsig(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.getppid() != parent:
         os._exit(1)

@@ -25,6 +25,19 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class NotFinite(FloatingPointError):
+    """
+    Losses or weights are infinite or NaN.
+
+    Attributes:
+        iteration: the first one of which this is known.
+    """
+
+    def __init__(self, message: str, iteration: int) -> None:
+        super().__init__(message)
+        self.iteration = iteration
+
+
 class TrainStep(SimpleTrainer):
     """
     Detectron2's SimpleTrainer and AMPTrainer in one, on any device.
@@ -104,7 +117,7 @@ class TrainStep(SimpleTrainer):
         As stock, but in the precision, and with the readings, that this class is for.
 
         Raises:
-            FloatingPointError: losses since the last reading, or at a checkpoint the weights, are
+            NotFinite: losses since the last reading, or at a checkpoint the weights, are
                 not finite. It is raised on all processes.
         """
         assert self.model.training, "the model was changed to eval mode"
@@ -132,12 +145,28 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         if saves:
-            values = [x.detach() for x in self.model.parameters() if x.requires_grad]
-            if not torch.stack([x.isfinite().all() for x in values]).all():
-                raise FloatingPointError(
-                    f"Weights became infinite or NaN at iteration={self.iter}: there is no "
-                    "checkpoint of it"
-                )
+            self._check_weights()
+
+    def check_finite(self) -> None:
+        """
+        Look at the weights, and at the losses that have not been looked at yet: before a checkpoint
+        that was not planned.
+
+        Raises:
+            NotFinite: on all processes.
+        """
+        if self._unseen:
+            self._read_losses()
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        values = [x.detach() for x in self.model.parameters() if x.requires_grad]
+        if not torch.stack([x.isfinite().all() for x in values]).all():
+            raise NotFinite(
+                f"Weights became infinite or NaN at iteration={self.iter}: there is no checkpoint "
+                "of it",
+                self.iter,
+            )
 
     def after_backward(self) -> None:
         """
@@ -170,10 +199,11 @@ class TrainStep(SimpleTrainer):
         first = self.iter - len(means) + 1
         for iteration, losses in enumerate(means, first):
             if not math.isfinite(sum(losses.values())):
-                raise FloatingPointError(
-                    f"Loss became infinite or NaN at iteration={iteration}!\n"
-                    f"loss_dict = {losses}\n(the losses of iterations {first} to {self.iter} were "
-                    "looked at together, see SOLVER.METRIC_PERIOD)"
+                text = ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
+                raise NotFinite(
+                    f"Loss became infinite or NaN at iteration={iteration}! ({text}; the losses of "
+                    f"iterations {first} to {self.iter} were looked at together)",
+                    iteration,
                 )
         if not comm.is_main_process():
             return

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -24,9 +25,12 @@ from detectron2.utils.logger import setup_logger
 from avdet2.checkpoint.checkpointer import AVCheckpointer
 from avdet2.data.loaders import SeededBatches, batch_per_process
 from avdet2.engine.defaults import resolve_epochs
+from avdet2.engine.evidence import keep_evidence
 from avdet2.engine.optimizer import build_optimizer
+from avdet2.engine.resuming import check_goes_on, num_clips
 from avdet2.engine.stages import stage_kind
-from avdet2.engine.train_step import TrainStep
+from avdet2.engine.stopping import StopOnSignal
+from avdet2.engine.train_step import NotFinite, TrainStep
 from avdet2.evaluation.build import build_evaluators, results_file
 from avdet2.modeling.sync_bn import replace_sync_bn
 from avdet2.utils.collectives import broadcast_buffers
@@ -67,8 +71,17 @@ class AVTrainer(DefaultTrainer):
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         # All random numbers follow from it and the iteration, so that it is all a checkpoint needs.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self._config = cfg.dump()
+        self._stop = StopOnSignal(cfg.SOLVER.METRIC_PERIOD)
         self.register_hooks(self.build_hooks())
         self._trainer.outer_hooks = self._hooks
+
+    def train(self) -> dict | None:
+        """
+        As stock; a signal ends it behind an iteration (see :mod:`avdet2.engine.stopping`).
+        """
+        with self._stop.listening():
+            return super().train()
 
     def before_train(self) -> None:
         # Behind a checkpoint, which may have another seed and iteration.
@@ -81,14 +94,19 @@ class AVTrainer(DefaultTrainer):
     def run_step(self) -> None:
         # The last iteration may have been moved since.
         self._trainer.max_iter = self.max_iter
-        super().run_step()
+        try:
+            super().run_step()
+        except NotFinite as error:
+            advice = keep_evidence(self, error.iteration, str(error))
+            raise FloatingPointError(f"{error}. {advice}") from error
 
     def state_dict(self) -> dict:
         """
-        Stock state, the seed, and the optimizer's state, which Detectron2 0.6 leaves out: its
+        Stock state, what it was trained with, and the optimizer's state, which Detectron2 0.6 leaves out: its
         momentum would start at zero after --resume. Its key is that of Detectron2's main branch.
         """
-        state = {**super().state_dict(), "seed": self.seed}
+        state = super().state_dict()
+        state |= {"seed": self.seed, "config": self._config, "clips": num_clips(self)}
         state.setdefault("_trainer", self._trainer.state_dict())
         return state
 
@@ -115,17 +133,26 @@ class AVTrainer(DefaultTrainer):
         """
         As stock, but a new training first takes from other models what its kind of stage says.
         """
-        if not (resume and self.checkpointer.has_checkpoint()):
+        if resume and self.checkpointer.has_checkpoint():
+            path = self.checkpointer.get_checkpoint_file()
+            check_goes_on(self, path)
+            if comm.is_main_process():
+                # Another one than the last may have been found.
+                self.checkpointer.tag_last_checkpoint(os.path.basename(path))
+        else:
             stage_kind(self.cfg).hand_over(unwrap(self._trainer.model))
         super().resume_or_load(resume)
 
     def build_hooks(self) -> list[HookBase]:
         """
-        Stock hooks. Those of the kind of stage run before the checkpoint is written.
+        Stock hooks. Those of the kind of stage run before the checkpoint is written, and the one
+        that may end the training runs behind it, before an evaluation.
         """
         hooks = super().build_hooks()
         # Behind the timer and the learning rate's.
         hooks[2:2] = stage_kind(self.cfg).build_hooks(unwrap(self._trainer.model))
+        place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks.insert(place, self._stop)
         return hooks
 
     @classmethod

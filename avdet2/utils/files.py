@@ -50,19 +50,22 @@ def sha256_of_file(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def locked(path: str | os.PathLike[str], refusal: str | None = None) -> Iterator[None]:
+def locked(
+    path: str | os.PathLike[str], refusal: str | None = None, seconds: float = 0
+) -> Iterator[None]:
     """
     Hold a lock that other processes respect, and that ends with this one, however it ends.
 
     Args:
         path: of the lock's file, which stays.
         refusal: what the error says where another process holds the lock. None: wait for it.
+        seconds: to wait before it is refused.
 
     Raises:
         ValueError: with ``refusal``.
     """
     try:
-        with FileLock(path, timeout=-1 if refusal is None else 0):
+        with FileLock(path, timeout=-1 if refusal is None else seconds):
             yield
     except Timeout as error:
         raise ValueError(refusal) from error

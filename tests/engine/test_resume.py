@@ -11,11 +11,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from processes import run_on_processes
 from tiny_runs import CONFIGS, make_cfg, simclr_cfg
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from avdet2.data.datasets.synthetic import register_synthetic
 from avdet2.engine import AVTrainer, load_cfg
 
 # An epoch of the 24 clips is 4 iterations; labels are estimated before some of them.
@@ -168,6 +170,22 @@ def test_the_losses_of_a_resumed_training_are_equal(
     assert found == {i: expected[i] for i in range(done, STEPS)}
     first, second = (torch.load(x / "model_final.pth", weights_only=True) for x in (run, folder))
     assert all(torch.equal(x, second["model"][key]) for key, x in first["model"].items())
+
+
+def _on_processes(folder: str, data: str, name: str, resume: bool) -> dict[int, list[float]]:
+    if f"{name}_train" not in DatasetCatalog.list():
+        register_synthetic(data, prefix=name)
+    opts = ("SEED", "-1", "MODEL.AVOL.NORM", "SyncBN", "MODEL.LOCALIZER.NORM", "SyncBN")
+    return losses(train(joint_training(name, folder, None, *RUN, *opts), resume))
+
+
+@pytest.mark.slow
+def test_several_processes_go_on_alike(tiny_av, tiny_datasets, tmp_path):
+    data, whole, part = str(tiny_datasets / "synthetic_av"), tmp_path / "whole", tmp_path / "part"
+    expected = run_on_processes(_on_processes, 2, tmp_path, str(whole), data, tiny_av, False)[0]
+    interrupted(whole, part, 3)
+    found = run_on_processes(_on_processes, 2, tmp_path, str(part), data, tiny_av, True)[0]
+    assert found == {i: expected[i] for i in range(3, STEPS)}
 
 
 def test_an_epoch_sees_every_clip_once(whole):

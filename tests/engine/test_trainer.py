@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_runs import CONFIGS, make_cfg, simclr_cfg
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 
 from avdet2.engine import AVTrainer, SelfLabelHook, load_cfg
@@ -114,6 +114,54 @@ def test_resume_with_other_clips_is_refused(finished_run, tiny_av, tmp_path):
         trainer.resume_or_load(resume=True)
 
 
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("MODEL.LOCALIZER.NUM_CLUSTERS", "3"), "MODEL.LOCALIZER.NUM_CLUSTERS was 2, is now 3"),
+        (("SOLVER.OPTIMIZER", "SGD"), 'SOLVER.OPTIMIZER was "AdamW", is now "SGD"'),
+        (("DATASETS.TRAIN", "('tiny_av_test_clips',)"), "DATASETS.TRAIN was .*had 24 clips, has 6"),
+        (("MODEL.LOCALIZER.LAMBDA", "1.0"), "MODEL.LOCALIZER.LAMBDA was 0.5, is now 1.0"),
+    ],
+)
+def test_resume_with_another_training_is_refused(finished_run, tiny_av, tmp_path, opts, message):
+    if "tiny_av_test_clips" not in DatasetCatalog.list():
+        clips = DatasetCatalog.get(f"{tiny_av}_train")[:6]
+        DatasetCatalog.register("tiny_av_test_clips", lambda: clips)
+        names = MetadataCatalog.get(f"{tiny_av}_train").label_classes
+        MetadataCatalog.get("tiny_av_test_clips").label_classes = names
+    interrupted(finished_run[0], tmp_path)
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, *opts))
+    with pytest.raises(ValueError, match=f"cannot go on from .*{message}") as error:
+        trainer.resume_or_load(resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_the_key_of_another_network_is_guessed_for_an_old_checkpoint(
+    finished_run, tiny_av, tmp_path
+):
+    saved = interrupted(finished_run[0], tmp_path)
+    for key in ("config", "clips", "seed"):
+        del saved["trainer"][key]
+    torch.save(saved, tmp_path / "model_0000001.pth")
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, "MODEL.LOCALIZER.NUM_CLUSTERS", "3"))
+    with pytest.raises(ValueError, match=r"was \(2.*, is now \(3.*MODEL.LOCALIZER.NUM_CLUSTERS"):
+        trainer.resume_or_load(resume=True)
+
+
+def test_other_options_of_a_resumed_training_are_told(finished_run, tiny_av, tmp_path, caplog):
+    interrupted(finished_run[0], tmp_path)
+    trainer = AVTrainer(
+        make_cfg(tiny_av, tmp_path, "SOLVER.BASE_LR", "0.5", "SOLVER.MAX_ITER", "5")
+    )
+    logger = logging.getLogger("avdet2")
+    try:
+        logger.addHandler(caplog.handler)
+        trainer.resume_or_load(resume=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "SOLVER.BASE_LR was 0.0012, is now 0.5; SOLVER.MAX_ITER was 4, is now 5" in caplog.text
+
+
 def test_a_checkpoint_holds_the_labels_of_its_own_iteration(tiny_av, tmp_path, monkeypatch):
     estimates = []
 
@@ -184,7 +232,7 @@ def test_a_diverged_model_replaces_no_checkpoint(tiny_av, tmp_path):
     with pytest.raises(FloatingPointError, match="iteration=2"):
         trainer.train()
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
-    assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000001.pth"]
+    assert [path.name for path in tmp_path.glob("model_*")] == ["model_0000001.pth"]
 
 
 @pytest.mark.parametrize(
