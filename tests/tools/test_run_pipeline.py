@@ -131,7 +131,8 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("run_pipeline", sys.argv[1])
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
-code = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(300)"
+code = "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+code += "print(os.getpid(), flush=True); time.sleep(300)"
 tool.Stage.command = lambda *args: [sys.executable, "-c", code]
 tool.main(tool.default_argument_parser().parse_args(sys.argv[2:]))
 """
