@@ -226,7 +226,8 @@ def check_end_with_parent(
     process.send_signal(number)
     # The pipe is open as long as one of them lives.
     told, _ = finish(process, seconds=30)
-    assert process.returncode == -number and not told
+    # A signal that lets a training end is passed on first.
+    assert process.returncode in (-number, 128 + number) and not told
 
 
 def test_a_port_in_use_is_named(fork):
