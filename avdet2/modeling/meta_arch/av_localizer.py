@@ -186,7 +186,7 @@ class AVLocalizer(nn.Module):
         and a map without the right and lower edge would shift and stretch every box.
         """
         stride = self.visual_stride
-        size = [max(1, round(side / stride)) * stride for side in images.shape[2:]]
+        size = [max(1, round(int(side) / stride)) * stride for side in images.shape[2:]]
         if tuple(size) == tuple(images.shape[2:]):
             return images
         images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
