@@ -15,6 +15,7 @@ import torch
 
 from detectron2.engine import DefaultPredictor
 
+from avdet2.checkpoint.checkpointer import AVCheckpointer
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError, MediaFile
 from avdet2.data.media.writing import write_sound
@@ -101,7 +102,10 @@ class ClipShower:
         if run.detector:
             cfg = run.detector.cfg.clone()
             cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = LEAST_SCORE
+            # Detectron2's predictor would load the weights with its own checkpointer.
+            weights, cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS, ""
             self._predictor = DefaultPredictor(cfg)
+            AVCheckpointer(self._predictor.model).load(weights)
         self._folder = folder
 
     def show(self, clip: dict, shown: ShownClip, name: str) -> bool:
