@@ -3,7 +3,7 @@
 What to do where a run did not learn.
 """
 
-from avdet2.report.clusters import SCORE, Clusters
+from avdet2.report.clusters import Clusters
 from avdet2.report.run_folder import FinishedStage, RunFolder
 
 __all__ = ["ENOUGH_CLIPS", "advice"]
@@ -12,8 +12,6 @@ __all__ = ["ENOUGH_CLIPS", "advice"]
 ENOUGH_CLIPS = 1600
 # Of all clusters; with more of them doubtful, another number may be better.
 DOUBTFUL_SHARE = 0.5
-# Boxes on a frame of a training clip, each of which has a self-box.
-FEW_BOXES = 0.25
 
 
 def advice(run: RunFolder, clusters: Clusters) -> list[str]:
@@ -39,9 +37,8 @@ def advice(run: RunFolder, clusters: Clusters) -> list[str]:
             f"{len(clusters.doubtful)} of {number} clusters are doubtful: try another "
             f"MODEL.LOCALIZER.NUM_CLUSTERS, or {_longer(run.localizer)}"
         )
-    if learned and run.detector and clusters.shown:
-        if clusters.boxes_above([SCORE])[SCORE] < FEW_BOXES * len(clusters.shown):
-            todo.append(f"the detector finds little: {_longer(run.detector)}")
+    if learned and run.detector and not clusters.detector_works:
+        todo.append(f"the detector finds little: {_longer(run.detector)}")
     if todo:
         todo.append("a run with other options needs an OUTPUT_DIR of its own")
     return todo

@@ -23,6 +23,8 @@ SCORE = 0.5
 # Below these a cluster is doubtful: its clips' mean confidence, its size over N / K, the share of
 # its most frequent label, and the share of its clips on which the detector finds it.
 DOUBTS = {"confidence": 0.5, "size": 0.25, "purity": 0.5, "found": 0.5}
+# Boxes on a shown clip, each of which has a self-box; a detector that finds fewer finds nothing.
+FEW_BOXES = 0.25
 # Surely clustered clips whose label is not their cluster's.
 MAX_MISTAKES = 12
 
@@ -42,6 +44,7 @@ class Cluster:
         least_sure: how many at the end of these are its least sure ones.
         expected: clips that it would have if all clusters were of one size.
         has_detector: whether a detector has looked for it.
+        detector_works: it finds something at all; else it is not the cluster that is in doubt.
     """
 
     id: int
@@ -53,6 +56,7 @@ class Cluster:
     labelled: int = 0
     shown: list[ShownClip] = field(default_factory=list)
     least_sure: int = 0
+    detector_works: bool = True
 
     @property
     def purity(self) -> float | None:
@@ -85,7 +89,8 @@ class Cluster:
             found.append(f"it is small ({self.size} clips)")
         if self.purity is not None and self.purity < DOUBTS["purity"]:
             found.append(f"its labels are mixed (purity {self.purity:.0%})")
-        if self.found is not None and self.found < DOUBTS["found"]:
+        is_looked_for = self.found is not None and self.detector_works
+        if is_looked_for and self.found < DOUBTS["found"]:
             found.append(f"the detector finds it on {self.found:.0%} of its clips")
         return found
 
@@ -101,7 +106,6 @@ class Clusters:
             have each, of shape (K, C); no names where there are no labels.
         mistakes: sure clips whose label is not their cluster's most frequent one.
         num_clips: that could be read.
-        num_listed: clips of the training set.
     """
 
     clusters: list[Cluster]
@@ -109,7 +113,6 @@ class Clusters:
     confusion: np.ndarray
     mistakes: list[ShownClip]
     num_clips: int
-    num_listed: int
 
     @property
     def shown(self) -> list[ShownClip]:
@@ -121,6 +124,13 @@ class Clusters:
         Those with clips that may stand for nothing.
         """
         return [cluster for cluster in self.clusters if cluster.size and cluster.doubts]
+
+    @property
+    def detector_works(self) -> bool:
+        """
+        Whether the detector finds more than next to nothing on the shown clips.
+        """
+        return self.boxes_above([SCORE])[SCORE] >= FEW_BOXES * len(self.shown)
 
     def missed(self, count: int) -> list[ShownClip]:
         """
@@ -200,7 +210,10 @@ def look_at_clusters(run: RunFolder, folder: Path, count: int) -> Clusters:
     found.sort(key=lambda cluster: (-cluster.confidence, cluster.id))
     confusion = labels.confusion(chosen, votes.num_clusters)
     mistakes = [clip for clip in mistakes if clip]
-    return Clusters(found, labels.names, confusion, mistakes, len(chosen), len(clips))
+    clusters = Clusters(found, labels.names, confusion, mistakes, len(chosen))
+    for cluster in found:
+        cluster.detector_works = clusters.detector_works
+    return clusters
 
 
 def _ends(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

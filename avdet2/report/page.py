@@ -130,6 +130,10 @@ def render(report: Report, curves: dict[str, str], pictures: dict[str, str]) -> 
     run, clusters = report.run, report.clusters
     headings, rows = table_cells(run.results)
     used = [i for i in range(len(headings)) if any(cells[i] != "-" for cells in rows.values())]
+    # Both confusions have what belongs together on their diagonal.
+    ids = [cluster.id for cluster in clusters.clusters]
+    counts = clusters.confusion[ids]
+    labels = sorted(range(counts.shape[1]), key=lambda label: int(counts[:, label].argmax()))
     text = environment.get_template("index.html").render(
         title=run.path.resolve().name,
         path=str(run.path.resolve()),
@@ -148,8 +152,9 @@ def render(report: Report, curves: dict[str, str], pictures: dict[str, str]) -> 
         max_boxes=MAX_BOXES,
         todo=advice(run, clusters),
         doubts=DOUBTS,
-        columns=[{"id": k, "text": name} for k, name in enumerate(report.names.names)]
-        + ["nothing"],
+        ids=ids,
+        labels=labels,
+        columns=[*ids, len(ids)],
         boxes=clusters.boxes_above((0.9, 0.7, 0.5, 0.3, 0.1)) if run.detector else {},
     )
     # Names of files may hold bytes that are no text.

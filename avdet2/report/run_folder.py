@@ -94,7 +94,9 @@ class FinishedStage:
 
     @property
     def iterations(self) -> int:
-        return 1 + max((row["iteration"] for row in self.metrics if "iteration" in row), default=-1)
+        # Rows of an evaluation are of the iteration after the last.
+        rows = [row["iteration"] for row in self.metrics if {"iteration", "time"} <= row.keys()]
+        return 1 + max(rows, default=-1)
 
     @property
     def minutes(self) -> float:

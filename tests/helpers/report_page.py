@@ -58,7 +58,7 @@ def make_page(run: Path, names: tuple[str, ...] = ("horn", "drum", "cluster_002"
         Cluster(k, 10, 0.9 - 0.3 * k, 10.0, True, shown=[clip(k, f"{k}_{i}.mp4") for i in (0, 1)])
         for k in range(3)
     ]
-    summary = Clusters(clusters, [], np.zeros((3, 0), int), [], 30, 30)
+    summary = Clusters(clusters, [], np.zeros((3, 0), int), [], 30)
     report = Report(
         RunFolder(run), summary, ClusterFile.of_names(names), run / "report" / "index.html"
     )

@@ -43,6 +43,15 @@ def test_every_doubt_is_named():
     assert cluster(1, 0, 0.0).doubts == ["no clip is in it"]
 
 
+def test_a_detector_that_finds_nothing_is_no_fault_of_a_cluster(two):
+    assert two.detector_works
+    for clip in two.shown:
+        clip.found = []
+    assert not two.detector_works
+    lost = cluster(0, shown=[shown(0, 0.9)], detector_works=False)
+    assert lost.found == 0 and lost.doubts == []
+
+
 def test_without_a_detector_nobody_looked():
     alone = Cluster(0, 10, 0.9, 10, has_detector=False, shown=[shown(0, 0.9)])
     assert alone.found is None and alone.doubts == []
@@ -52,7 +61,7 @@ def test_without_a_detector_nobody_looked():
 def two() -> Clusters:
     first = cluster(0, shown=[shown(0, 0.9, (0, 0.8), (1, 0.6)), shown(0, 0.5, (1, 0.7))])
     second = cluster(1, shown=[shown(1, 0.7), shown(1, 0.6, (1, 0.5), (0, 0.2))])
-    return Clusters([first, second], [], np.zeros((2, 0), int), [], 4, 4)
+    return Clusters([first, second], [], np.zeros((2, 0), int), [], 4)
 
 
 def test_boxes_are_counted_from_a_score_on(two):
