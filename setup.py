@@ -47,6 +47,7 @@ INSTALL_REQUIRES = [
     "tqdm>=4.60",
 ]
 DEV = [
+    "hypothesis>=6.100",
     "librosa>=0.10",
     "pytest>=7.4",
     "pytest-timeout>=2.2",

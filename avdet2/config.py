@@ -35,6 +35,9 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.VIDEOS = ""
     # Videos of a folder are cut into clips of so many seconds.
     cfg.DATASETS.CLIP_SECONDS = 10.0
+    # The largest share of the training clips that may be left out, as they have no sound, cannot be
+    # read ...: with more, the run ends with an error that counts the reasons. 1: any.
+    cfg.DATASETS.MAX_LEFT_OUT = 0.5
     # Folder that tools/prepare_clips.py wrote; clips that it holds are read from there, the others
     # from the original files.
     cfg.DATASETS.PREPARED = ""
@@ -77,6 +80,10 @@ def _add_weights(cfg: CN) -> None:
 
 
 def _add_localizer(cfg: CN) -> None:
+    # In the config.yaml of a finished training MODEL.WEIGHTS are its own, for whoever uses the model;
+    # here are those that it started from, as the only entry. Not to be set by hand.
+    cfg.MODEL.STARTED_FROM = ()
+
     # AVOL-Net as an image backbone (build_avol_backbone, build_avol_fpn_backbone): channels of its
     # four blocks; stride of the first convolution; the max-pooling behind blocks 1 to 3 (1: none).
     # 2 and (2, 2, 2) make the last map 1/16 of the image.
@@ -191,6 +198,9 @@ def _add_self_labels(cfg: CN) -> None:
     # Bring the clusters of both heads, which start at random, into one order before the first
     # labels (Hungarian method; not in the paper).
     node.SELF_LABEL.ALIGN_HEADS = False
+    # The training ends with an error when the labels use less than two clusters so many times in a
+    # row. 0: never.
+    node.SELF_LABEL.MAX_COLLAPSED = 3
     # Clips in a batch of the pass over the data set.
     node.SELF_LABEL.BATCH_SIZE = 64
 

@@ -3,10 +3,13 @@
 Config files and ``KEY VALUE`` pairs to a config.
 """
 
+import difflib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import yaml
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.config.compat import guess_version
@@ -29,7 +32,8 @@ def load_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
         opts: keys and values in turn.
 
     Raises:
-        ValueError: a key without a value, or a value of the wrong type.
+        ValueError: an unknown key, a key without a value, a value of the wrong type, or a file that
+            is no config.
     """
     cfg = get_cfg()
     add_avdet2_config(cfg)
@@ -43,6 +47,7 @@ def load_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
         raise ValueError(f"options are KEY VALUE pairs, but there are {len(opts)} words: {opts}")
     present = dict(flat_items(cfg))
     values = [_as_float(value, present.get(key)) for key, value in zip(opts[::2], opts[1::2])]
+    _refuse_unknown(cfg, opts[::2])
     try:
         cfg.merge_from_list([word for pair in zip(opts[::2], values) for word in pair])
     except ValueError as error:
@@ -60,11 +65,32 @@ def flat_items(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, dict):
             yield from flat_items(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value
+
+
+def _refuse_unknown(cfg: CfgNode, keys: Iterable[str], where: str = "") -> None:
+    present = dict(flat_items(cfg)).keys()
+    for key in keys:
+        if key in present or cfg.key_is_deprecated(key) or cfg.key_is_renamed(key):
+            continue
+        if ":" in key:
+            raise ValueError(f"{where}{key}: only tools/run_pipeline.py takes STAGE:KEY VALUE")
+        # Misspelt, or the right name in the wrong section.
+        names = {name.upper(): name for name in present}
+        near = [names[name] for name in difflib.get_close_matches(key.upper(), names, 1, 0.75)]
+        near += [name for name in present if name.split(".")[-1] == key.upper().split(".")[-1]]
+        hint = f"; did you mean {' or '.join(dict.fromkeys(near[:3]))}?" if near else ""
+        raise ValueError(f"{where}there is no config key {key}{hint}")
 
 
 def _merge_file(cfg: CfgNode, path: str) -> None:
-    loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
+    try:
+        loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
+    # Whatever YAML holds, of which Detectron2 expects paths and mappings.
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError, TypeError) as error:
+        raise ValueError(f"{path} is no config: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} is no config: it holds no keys, but {str(loaded)[:80]!r}")
     keys = dict(flat_items(loaded)).keys()
     unknown = keys - dict(flat_items(cfg)).keys()
     # Only a run's own dump has every key of Detectron2; a misspelt one leaves the right one out.
@@ -73,14 +99,19 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
         logger.warning(
             f"{path}: left out {', '.join(sorted(unknown))}, unknown to this version of Detectron2"
         )
-    node = CfgNode(_fitted(loaded, cfg, drop_unknown=is_dump))
-    if node.get("VERSION", None) is None:
-        node.VERSION = guess_version(node, path)
-    if node.VERSION == cfg.VERSION:
+    try:
+        node = CfgNode(_fitted(loaded, cfg, drop_unknown=is_dump))
+        if node.get("VERSION", None) is None:
+            node.VERSION = guess_version(node, path)
+        if node.VERSION != cfg.VERSION:
+            # Detectron2 translates its older formats, but only those that it reads itself.
+            cfg.merge_from_file(path, allow_unsafe=False)
+            return
+        _refuse_unknown(cfg, dict(flat_items(node)), f"{path}: ")
         cfg.merge_from_other_cfg(node)
-    else:
-        # Detectron2 translates its older formats, but only those that it reads itself.
-        cfg.merge_from_file(path, allow_unsafe=False)
+    # In files that hold something else than keys of this version, or of older ones.
+    except (AssertionError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no config: {error!r}") from error
 
 
 def _fitted(loaded: dict[str, Any], cfg: Any, drop_unknown: bool) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from avdet2.modeling.object_dictionary import cluster_objects, object_vectors, s
 from avdet2.self_boxes.inference import predict_clips
 from avdet2.self_boxes.teacher import build_localizer
 from avdet2.structures.batch import Batch
+from avdet2.utils.tool import run_tool
 
 BATCH_SIZE = 64
 
@@ -89,4 +90,4 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main(argument_parser().parse_args())
+    run_tool(main, argument_parser().parse_args())

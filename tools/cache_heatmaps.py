@@ -22,6 +22,7 @@ from avdet2.engine.launch import launch
 from avdet2.self_boxes.folding import fold_batch_norms
 from avdet2.self_boxes.heatmap_writer import write_heatmaps
 from avdet2.self_boxes.teacher import build_localizer
+from avdet2.utils.tool import run_tool
 
 
 def main(args: argparse.Namespace) -> None:
@@ -30,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
     """
     # Only the prepared form is read: the videos need not be there.
     args.opts = [*(args.opts or []), "DATASETS.PREPARED", args.prepared, "DATASETS.VIDEOS", ""]
-    args.opts += ["OUTPUT_DIR", args.output]
+    args.opts += ["OUTPUT_DIR", args.output, "DATASETS.TEST", "()"]
     args.eval_only = True
     cfg = setup(args)
     weights = cfg.MODEL.WEIGHTS
@@ -49,4 +50,4 @@ if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
     parser.add_argument("--prepared", required=True, help="folder that prepare_clips.py wrote")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
-    launch(main, parser.parse_args())
+    run_tool(launch, main, parser.parse_args())

@@ -25,7 +25,6 @@ build_tf_stem_resnet_fpn_backbone (see avdet2/modeling/tf_stem.py).
 import argparse
 import logging
 import shlex
-import sys
 
 from avdet2.checkpoint import (
     SOURCES,
@@ -35,6 +34,7 @@ from avdet2.checkpoint import (
     rescale,
     save_resnet,
 )
+from avdet2.utils.tool import run_tool
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -82,20 +82,17 @@ def main() -> None:
     """
     args = get_parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        weights = read_resnet(args.input, args.source)
-        if args.rescale:
-            weights.tensors, kept = rescale(weights.tensors)
-            if kept:
-                print(
-                    f"{len(kept)} convolutions are not rescaled, as they have channels of almost "
-                    f"no variance: {', '.join(kept)}"
-                )
-        settings_file = save_resnet(weights, args.output)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    weights = read_resnet(args.input, args.source)
+    if args.rescale:
+        weights.tensors, kept = rescale(weights.tensors)
+        if kept:
+            print(
+                f"{len(kept)} convolutions are not rescaled, as they have channels of almost no "
+                f"variance: {', '.join(kept)}"
+            )
+    settings_file = save_resnet(weights, args.output)
     report(weights, args.output, settings_file)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -21,6 +21,7 @@ from avdet2.engine import setup
 from avdet2.engine.cluster_naming import names_of_stage
 from avdet2.self_boxes.export import export_self_boxes
 from avdet2.self_boxes.teacher import build_localizer
+from avdet2.utils.tool import run_tool
 
 
 def main(args: argparse.Namespace) -> None:
@@ -28,7 +29,8 @@ def main(args: argparse.Namespace) -> None:
     Build the localizer, run it over the clips, write the files.
     """
     # The run's own files stay as they are.
-    args.opts = [*(args.opts or []), "OUTPUT_DIR", args.output]
+    args.opts = [*(args.opts or []), "OUTPUT_DIR", args.output, "DATASETS.TEST", "()"]
+    args.eval_only = True
     cfg = setup(args)
     model = build_localizer(cfg, args.config_file, cfg.MODEL.WEIGHTS)
     clips, _ = training_clips(cfg.DATASETS.TRAIN)
@@ -46,4 +48,4 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = default_argument_parser(epilog=__doc__)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
-    main(parser.parse_args())
+    run_tool(main, parser.parse_args())

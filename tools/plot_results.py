@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 
 from avdet2.evaluation.plots import draw_results, read_run
+from avdet2.utils.tool import run_tool
 
 
 def results_folder(run: str) -> Path:
@@ -64,7 +65,4 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished evaluations")
     parser.add_argument("--names", nargs="+", help="of the runs (default: their paths)")
     parser.add_argument("--output", help="folder of the pictures (default: the first run's)")
-    try:
-        main(parser.parse_args())
-    except ValueError as error:
-        parser.error(str(error))
+    run_tool(main, parser.parse_args())

@@ -24,6 +24,7 @@ from avdet2.data.media.video import MediaError
 from avdet2.data.prepared.reader import PrepareSettings
 from avdet2.data.prepared.writer import NewClip, PreparedWriter, prepare_clip
 from avdet2.utils.parallel import CRASHED, parallel_map
+from avdet2.utils.tool import run_tool
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -136,8 +137,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = get_parser()
-    try:
-        main(parser.parse_args())
-    except ValueError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+    run_tool(main, get_parser().parse_args())

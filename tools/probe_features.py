@@ -40,6 +40,7 @@ from avdet2.engine.stages import stage_kind
 from avdet2.evaluation.naming.votes import frozen_votes
 from avdet2.evaluation.probes import pooled_features, probe_features, probe_table, split_by_hash
 from avdet2.self_boxes.inference import ReadableLoader
+from avdet2.utils.tool import run_tool
 
 logger = logging.getLogger("avdet2.probe_features")
 
@@ -224,4 +225,4 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main(argument_parser().parse_args())
+    run_tool(main, argument_parser().parse_args())

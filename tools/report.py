@@ -12,12 +12,12 @@ put there. The folder RUN/report opens from disk, and can be copied as it is.
 """
 
 import argparse
-import sys
 
 from detectron2.utils.logger import setup_logger
 
 from avdet2.report.page import CLIPS, write_report
 from avdet2.report.server import serve
+from avdet2.utils.tool import run_tool
 
 
 def main() -> None:
@@ -40,7 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -26,6 +26,7 @@ import sys
 from detectron2.utils.logger import setup_logger
 
 from avdet2.reproduce import PAPER_TABLES, SUITES, Runs, SuiteTable, report_json, report_markdown
+from avdet2.utils.tool import run_tool
 
 logger = logging.getLogger("avdet2.reproduce")
 TOOLS = os.path.dirname(os.path.abspath(__file__))
@@ -146,7 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -8,8 +8,12 @@ learned and what to do next, and writes a page to look at and to listen to (tool
     python tools/run_pipeline.py --config-file configs/pipeline_K39.yaml DATASETS.VIDEOS my_videos/
     python tools/run_pipeline.py --config-file configs/pipeline_K39_simclr.yaml DATASETS.VIDEOS ...
 
+The stages, their names and their config files are listed in the pipeline's config, under
+PIPELINE.STAGES: in the first example localizer_pretrain, localizer_joint, warmup and detector.
 KEY VALUE at the end holds for every stage, STAGE:KEY VALUE for one, for instance
-``detector:SOLVER.MAX_EPOCH 40``. A stage writes to OUTPUT_DIR/STAGE. Run again, the pipeline goes
+``detector:SOLVER.MAX_EPOCH 40``; ``PIPELINE.ONLY "('localizer_joint',)"`` runs some stages, and
+those that they need. A stage writes to OUTPUT_DIR/STAGE. Before the first one starts, all are
+checked: values, files, data sets, and what their evaluation needs. Run again, the pipeline goes
 on where it stopped; to start afresh, or with other options, choose another OUTPUT_DIR.
 
 The detector's warm-up starts from the last SimCLR stage before it, as in the third example, unless
@@ -56,6 +60,7 @@ from avdet2.evaluation.table import results_table
 from avdet2.report.page import Report, write_report
 from avdet2.report.words import clusters_table, last_words, measured, too_few_clips
 from avdet2.utils.files import write_whole
+from avdet2.utils.tool import run_tool
 
 logger = logging.getLogger("avdet2.pipeline")
 TRAIN_NET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_net.py")
@@ -233,6 +238,9 @@ def main(args: argparse.Namespace) -> None:
     stages = needed(make_stages(args.config_file, args.opts), cfg.PIPELINE.ONLY)
     for stage in stages:
         stage.check_unchanged()
+    promised = [file for stage in stages for file in (stage.weights, stage.dumped_config)]
+    for stage in stages:
+        stage.check(promised)
     warning = too_few_clips(stages) if rank == 0 else ""
     if warning:
         logger.warning(warning)
@@ -249,9 +257,20 @@ def main(args: argparse.Namespace) -> None:
     print(f"everything is in {output_dir}")
 
 
+def argument_parser() -> argparse.ArgumentParser:
+    """
+    Detectron2's, without the flags that a pipeline refuses.
+    """
+    parser = default_argument_parser(epilog=__doc__)
+    for action in parser._actions:
+        if action.dest in ("resume", "eval_only"):
+            action.help = argparse.SUPPRESS
+    return parser
+
+
 if __name__ == "__main__":
-    parser = default_argument_parser()
+    parser = argument_parser()
     args = parser.parse_args()
     if args.resume or args.eval_only:
         parser.error("a pipeline takes no --resume or --eval-only: it goes on where it stopped")
-    main(args)
+    run_tool(main, args)

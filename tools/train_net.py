@@ -34,10 +34,10 @@ from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from avdet2.checkpoint.checkpointer import AVCheckpointer
 from avdet2.engine import AVTrainer, load_cfg, setup
 from avdet2.engine.defaults import alone_in
 from avdet2.engine.launch import launch
+from avdet2.utils.tool import run_tool
 
 
 def main(args: argparse.Namespace) -> dict | None:
@@ -54,10 +54,7 @@ def run(args: argparse.Namespace) -> dict | None:
     """
     cfg = setup(args)
     if args.eval_only:
-        model = AVTrainer.build_model(cfg)
-        checkpointer = AVCheckpointer(model, cfg.OUTPUT_DIR, trust_pickles=cfg.MODEL.TRUST_PICKLES)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = AVTrainer.test(cfg, model)
+        results = AVTrainer.evaluate(cfg, args.resume)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
@@ -77,4 +74,4 @@ def is_final(trainer: AVTrainer) -> bool:
 
 
 if __name__ == "__main__":
-    launch(main, default_argument_parser().parse_args())
+    run_tool(launch, main, default_argument_parser(epilog=__doc__).parse_args())

@@ -24,7 +24,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 
-from avdet2.checkpoint.checkpointer import AVCheckpointer
+from avdet2.checkpoint.checkpointer import WholeCheckpointer
 from avdet2.data.clips import training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError
@@ -32,6 +32,7 @@ from avdet2.engine import use_own_videos
 from avdet2.engine.cluster_naming import names_of_stage
 from avdet2.predict import Predictor
 from avdet2.predict.run_folder import stage_cfg
+from avdet2.utils.tool import run_tool
 from avdet2.visualization import (
     draw_boxes,
     overlay_heatmap,
@@ -82,7 +83,7 @@ def draw_heatmaps(stage: Path, path: Path, count: int) -> None:
     clips, _ = training_clips(cfg.DATASETS.TRAIN)
     mapper = AVMapper(cfg, "full")
     model = build_model(cfg).eval()
-    AVCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    WholeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     clusters = names_of_stage(cfg, str(stage))
     images, titles = [], []
     for clip, frame in tqdm(readable(clips, mapper, count), "heatmaps", count):
@@ -164,6 +165,8 @@ def main(args: argparse.Namespace) -> None:
     Draw everything that the run has.
     """
     run, output = Path(args.run), Path(args.output or Path(args.run) / "pictures")
+    if not run.is_dir():
+        raise ValueError(f"--run {run} is not a folder: give the OUTPUT_DIR of a pipeline")
     output.mkdir(parents=True, exist_ok=True)
     if (run / args.localizer / "model_final.pth").is_file():
         draw_heatmaps(run / args.localizer, output / "heatmaps.png", args.count)
@@ -186,4 +189,4 @@ if __name__ == "__main__":
     parser.add_argument("--detector", default="detector", help="name of the stage")
     parser.add_argument("--count", type=int, default=16, help="pictures in a grid")
     parser.add_argument("--score", type=float, default=0.5, help="least score of a detection")
-    main(parser.parse_args())
+    run_tool(main, parser.parse_args())

@@ -13,7 +13,7 @@ from torch import nn
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from avdet2.checkpoint.reading import load_checkpoint
+from avdet2.checkpoint.reading import check_finite, load_checkpoint
 from avdet2.checkpoint.whole import LAST, checkpoint_to_go_on_from, write_checkpoint
 from avdet2.utils.collectives import of_main_process
 from avdet2.utils.files import write_whole
@@ -121,3 +121,40 @@ class AVCheckpointer(DetectionCheckpointer, _SafeReader):
                 raise found
             self._found = found
         return self._found
+
+
+class WholeCheckpointer(AVCheckpointer):
+    """
+    For a model that is going to be used as it is loaded: nothing of it may be left at random.
+    """
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """
+        As stock.
+
+        Raises:
+            ValueError: there are no weights, or some that the model has are missing, of another
+                shape, or not finite.
+        """
+        if not path and any(True for _ in self.model.parameters()):
+            raise ValueError(
+                "MODEL.WEIGHTS is empty, and the model would be a random one: give what its "
+                "training ended with, OUTPUT_DIR/model_final.pth"
+            )
+        self._path = path
+        rest = super().load(path, *args, **kwargs)
+        check_finite(self.model, path)
+        return rest
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        wrong = [key for key, *_ in incompatible.incorrect_shapes]
+        wrong += [key for key in incompatible.missing_keys if key not in wrong]
+        wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]
+        if wrong:
+            raise ValueError(
+                f"MODEL.WEIGHTS {self._path} leave a part of the model at random: "
+                f"{len(wrong)} tensors are missing or of another shape ({', '.join(wrong[:3])}). Give "
+                "the model_final.pth of the very stage, with the config.yaml beside it "
+                "(MODEL.ROI_HEADS.NUM_CLASSES and MODEL.LOCALIZER.NUM_CLUSTERS as in its training)"
+            )
+        super()._log_incompatible_keys(incompatible)

@@ -328,3 +328,20 @@ def load_weights(weights: str, trusted: bool = False) -> Weights:
         )
     is_caffe2 = is_pickle and not {"model", "__author__"} <= content.keys()
     return Weights(weights, dict(state), bool(content.get("matching_heuristics")), is_caffe2)
+
+
+def check_finite(model: torch.nn.Module, path: str) -> None:
+    """
+    Raises:
+        ValueError: a number of the model is NaN or infinite.
+    """
+    wrong = [
+        key
+        for key, value in model.state_dict().items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if wrong:
+        raise ValueError(
+            f"MODEL.WEIGHTS {path} hold NaN or infinite numbers, in {len(wrong)} tensors "
+            f"({', '.join(wrong[:3])}): take an earlier checkpoint, or train again"
+        )

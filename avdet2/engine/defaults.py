@@ -23,9 +23,10 @@ from detectron2.utils.logger import setup_logger
 from avdet2.checkpoint import pixel_messages
 from avdet2.config_file import load_cfg
 from avdet2.data.clips import register_av_clips, training_clips
-from avdet2.engine.stages import stage_kind
+from avdet2.engine.stages import FINAL, stage_kind
 from avdet2.engine.train_step import check_precision
-from avdet2.utils.files import locked
+from avdet2.utils.files import locked, write_whole
+from avdet2.utils.tool import hide_tracebacks
 
 logger = logging.getLogger(__name__)
 # Workers of a run that was killed end so many seconds later, at the most.
@@ -56,32 +57,44 @@ def setup(args: argparse.Namespace) -> CfgNode:
     The frozen config of a run, with logging, seed and OUTPUT_DIR set up by Detectron2.
 
     Raises:
-        ValueError: there is nothing to train on, no CUDA device where one is asked for, or a
-            precision that the device does not train in.
+        ValueError: whatever is known to be wrong before anything is built: see
+            :meth:`StageKind.check`; no CUDA device where one is asked for, or a precision that the
+            device does not train in.
     """
     cfg = load_cfg(args.config_file, args.opts)
+    if not args.eval_only and "MODEL.WEIGHTS" not in args.opts[::2]:
+        # Trained once more, it starts as it did.
+        as_started(cfg)
     # Whoever reads a run's config.yaml, with another OUTPUT_DIR, uses that run's clips.
     is_dump = os.path.basename(args.config_file) == "config.yaml"
     use_own_videos(cfg, os.path.dirname(args.config_file) if is_dump else cfg.OUTPUT_DIR)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="avdet2", abbrev_name="av")
     _check(cfg, args.eval_only)
     cfg.freeze()
     # What default_setup may overwrite is read before: the config.yaml beside the weights,
     messages = []
     goes_on = args.resume and any(Path(cfg.OUTPUT_DIR).glob("model_*.pth"))
+    kind = stage_kind(cfg)
+    # A training that goes on has its own weights.
+    kind.check(args.eval_only, [start.weights for start in kind.starts()] if goes_on else ())
     if comm.is_main_process() and not goes_on:
-        starts = stage_kind(cfg).starts()
+        starts = kind.starts()
         messages = pixel_messages(cfg, starts[:1] if args.eval_only else starts)
     # and, by other processes, the config file itself.
     comm.synchronize()
     default_setup(cfg, args)
-    # Detectron2 sets up its own logger and fvcore's only.
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="avdet2", abbrev_name="av")
+    hide_tracebacks()
     for level, text in messages:
         logger.log(level, text)
     return cfg
 
 
 def _check(cfg: CfgNode, eval_only: bool) -> None:
+    if cfg.PIPELINE.STAGES:
+        raise ValueError(
+            "this is the config of a pipeline: run it with tools/run_pipeline.py, or give the "
+            "config of one of its stages"
+        )
     if not (cfg.DATASETS.TRAIN or eval_only):
         raise ValueError(
             "there are no training clips: set DATASETS.VIDEOS (a folder of videos or a clip list) "
@@ -127,6 +140,34 @@ def use_own_videos(cfg: CfgNode, run_folder: str = "") -> None:
             index = os.path.join(above, f"clip_index-{digest}.arrow")
         register_av_clips(name, source, clip_seconds=cfg.DATASETS.CLIP_SECONDS, index=index)
     cfg.DATASETS.TRAIN = (name,)
+
+
+def write_own_weights(folder: str) -> None:
+    """
+    Let the config.yaml of a finished training name the weights that it ended with, so that the file
+    says what to use to every tool, and to Detectron2's DefaultPredictor.
+
+    Args:
+        folder: the OUTPUT_DIR. Without its config.yaml nothing is written.
+    """
+    path, weights = os.path.join(folder, "config.yaml"), os.path.join(folder, FINAL)
+    if not (os.path.isfile(path) and os.path.isfile(weights)):
+        return
+    cfg = load_cfg(path)
+    if cfg.MODEL.WEIGHTS == weights:
+        return
+    cfg.MODEL.STARTED_FROM, cfg.MODEL.WEIGHTS = (cfg.MODEL.WEIGHTS,), weights
+    with write_whole(path) as part:
+        part.write_text(cfg.dump(), encoding="utf-8")
+
+
+def as_started(cfg: CfgNode) -> CfgNode:
+    """
+    The config, changed in place, as it was when the training began.
+    """
+    if cfg.MODEL.STARTED_FROM:
+        (cfg.MODEL.WEIGHTS,), cfg.MODEL.STARTED_FROM = cfg.MODEL.STARTED_FROM, ()
+    return cfg
 
 
 def resolve_epochs(cfg: CfgNode) -> CfgNode:

@@ -5,6 +5,7 @@ Self-labelling as a training hook.
 
 import logging
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from detectron2.utils import comm
 
 from avdet2.data.clips import single_labels, training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
+from avdet2.data.mappers.read_counts import ReadCounts, describe
 from avdet2.engine.clip_scores import ClipScores
 from avdet2.evaluation.naming.self_labels import cluster_quality, eq6_agreement, label_change
 from avdet2.modeling.meta_arch import AVLocalizer
@@ -37,6 +39,19 @@ def label_schedule(max_iter: int, num_optimizations: int, power: float) -> list[
         raise ValueError(f"NUM_OPTIMIZATIONS must be at least 1, not {num_optimizations}")
     points = max_iter * np.linspace(0, 1, num_optimizations) ** power
     return sorted({int(x) for x in points if int(x) < max_iter})
+
+
+class ReadReport(HookBase):
+    """
+    Says at the end, however the training ends, how many samples could not be read, and why.
+    """
+
+    def after_train(self) -> None:
+        counts = sum((counts.total() for counts in ReadCounts.all), Counter())
+        # A process that has failed must not wait for the others.
+        whose = "" if comm.get_world_size() == 1 else f" (rank {comm.get_rank()})"
+        if counts.total() > counts[""]:
+            logger.warning(f"{describe(counts)}{whose}")
 
 
 class SelfLabelHook(HookBase):
@@ -62,10 +77,15 @@ class SelfLabelHook(HookBase):
         # For assessment only.
         self._truth = torch.from_numpy(single_labels(self._clips))
         self._mapper = AVMapper(cfg, "center")
+        self._collapsed = 0
 
     def state_dict(self) -> dict:
         # Tensors and plain values only: checkpoints are loaded with weights_only.
-        return {"labels": self._model.labels.cpu(), "weights": self._weights}
+        return {
+            "labels": self._model.labels.cpu(),
+            "weights": self._weights,
+            "collapsed": self._collapsed,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         labels = state_dict["labels"]
@@ -75,7 +95,7 @@ class SelfLabelHook(HookBase):
                 f"{self._cfg.DATASETS.TRAIN} has {len(self._clips)}: resume with the same clips"
             )
         self._model.labels = labels.to(self._model.device)
-        self._weights = state_dict["weights"]
+        self._weights, self._collapsed = state_dict["weights"], state_dict.get("collapsed", 0)
 
     def before_train(self) -> None:
         node = self._node
@@ -117,6 +137,31 @@ class SelfLabelHook(HookBase):
         labels = all_reduce(labels, op=dist.ReduceOp.MAX).long()
         self._log(labels, extra, time.perf_counter() - start)
         self._model.labels = labels.to(self._model.device)
+        self._check_collapse(labels, scores.values)
+
+    def _check_collapse(self, labels: torch.Tensor, scores: torch.Tensor) -> None:
+        """
+        Warn, and after some times in a row raise, where the labels tell nothing apart. All processes
+        have the same labels, and decide alike.
+        """
+        # No clip in this process: nothing differs in it.
+        ends = (scores.amin(0).cpu(), scores.amax(0).cpu()) if len(scores) else None
+        lows, highs = zip(*filter(None, comm.all_gather(ends)))
+        if torch.stack(highs).amax(0).sub(torch.stack(lows).amin(0)).max() < 1e-6:
+            logger.warning("all clips have the same scores of clusters: the heads tell none apart")
+        used = len(labels[labels >= 0].unique())
+        self._collapsed = self._collapsed + 1 if used < 2 else 0
+        if not self._collapsed:
+            return
+        text = f"the clusters have collapsed: {used} of {self._num_clusters} is used"
+        if 0 < self._node.MAX_COLLAPSED <= self._collapsed:
+            raise ValueError(
+                f"{text}, {self._collapsed} times in a row, so there is nothing to learn from the "
+                "labels. Look at loss_nce of the stage before (is it below the logarithm of the "
+                "batch?), give more clips, or a lower SOLVER.BASE_LR; to go on all the same, set "
+                "MODEL.LOCALIZER.SELF_LABEL.MAX_COLLAPSED to 0"
+            )
+        logger.warning(text)
 
     def _predict(self, is_unaligned: bool, keep_audio: bool) -> tuple[ClipScores, torch.Tensor]:
         """

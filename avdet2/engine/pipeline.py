@@ -13,7 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from avdet2.config_file import flat_items, load_cfg
-from avdet2.engine.defaults import use_own_videos
+from avdet2.engine.defaults import as_started, use_own_videos
 from avdet2.engine.stages import FINAL, stage_kind
 from avdet2.engine.stages.base import WEIGHTS
 from avdet2.engine.stages.self_box_detector import LOCALIZER_CONFIG, LOCALIZER_WEIGHTS
@@ -27,6 +27,7 @@ FREE = (
     "DISTRIBUTED.",
     "MODEL.DEVICE",
     "MODEL.LOCALIZER.COMPILE",
+    "MODEL.STARTED_FROM",
     "MODEL.TRUST_PICKLES",
     "OUTPUT_DIR",
     "PIPELINE.",
@@ -120,16 +121,44 @@ class Stage:
             self.eval_only or os.path.getmtime(results) >= os.path.getmtime(self.weights)
         )
 
+    @property
+    def dumped_config(self) -> str:
+        """
+        Path of the config that its run writes.
+        """
+        return os.path.join(self.folder, "config.yaml")
+
+    def check(self, promised: Sequence[str]) -> None:
+        """
+        Find what is wrong with it before any stage starts.
+
+        Args:
+            promised: files that the stages write.
+
+        Raises:
+            ValueError: see :meth:`StageKind.check`.
+        """
+        if self.is_done():
+            return
+        # One that has begun has weights of its own.
+        begun = self.kind.starts() if self.last_checkpoint else []
+        try:
+            self.kind.check(
+                self.eval_only or self.is_trained(), [*promised, *(x.weights for x in begun)]
+            )
+        except ValueError as error:
+            raise ValueError(f"stage {self.name}: {error}") from error
+
     def check_unchanged(self) -> None:
         """
         Raises:
             ValueError: the stage is done, or has begun, with other options.
         """
         done = self.is_done()
-        config = os.path.join(self.folder, "config.yaml")
+        config = self.dumped_config
         if not os.path.isfile(config) or not (done or self.last_checkpoint):
             return
-        old, new = _comparable(load_cfg(config)), _comparable(self.cfg)
+        old, new = _comparable(as_started(load_cfg(config))), _comparable(self.cfg)
         # An evaluation writes a config too, with the weights that it evaluates.
         if old[WEIGHTS] == json.dumps(os.path.join(self.name, FINAL)):
             old[WEIGHTS] = new[WEIGHTS]

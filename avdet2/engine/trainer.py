@@ -22,10 +22,11 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from avdet2.checkpoint.checkpointer import AVCheckpointer
+from avdet2.checkpoint.checkpointer import AVCheckpointer, WholeCheckpointer
 from avdet2.data.loaders import SeededBatches, batch_per_process
-from avdet2.engine.defaults import resolve_epochs
+from avdet2.engine.defaults import resolve_epochs, write_own_weights
 from avdet2.engine.evidence import keep_evidence
+from avdet2.engine.hooks import ReadReport
 from avdet2.engine.optimizer import build_optimizer
 from avdet2.engine.resuming import check_goes_on, num_clips
 from avdet2.engine.stages import stage_kind
@@ -153,7 +154,7 @@ class AVTrainer(DefaultTrainer):
         hooks[2:2] = stage_kind(self.cfg).build_hooks(unwrap(self._trainer.model))
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         hooks.insert(place, self._stop)
-        return hooks
+        return [*hooks, ReadReport()]
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -221,6 +222,43 @@ class AVTrainer(DefaultTrainer):
                 part.write_text(json.dumps(results, indent=1))
             logger.info(f"results written to {path}")
         return results
+
+    @classmethod
+    def evaluate(cls, cfg: CfgNode, resume: bool = False) -> dict:
+        """
+        Build the model, load what it was trained to, and :meth:`test` it.
+
+        Args:
+            cfg: of the model.
+            resume: take the last checkpoint in OUTPUT_DIR, if there is any, not MODEL.WEIGHTS.
+
+        Raises:
+            ValueError: there is nothing to evaluate on, or weights that leave a part of the model
+                at random, or are not finite.
+        """
+        if not stage_kind(cfg).is_evaluated:
+            raise ValueError(
+                f"{cfg.MODEL.META_ARCHITECTURE} finds no boxes, so there is nothing to evaluate: "
+                "tools/probe_features.py shows what its features are worth"
+            )
+        if not cfg.DATASETS.TEST:
+            raise ValueError(
+                "there is nothing to evaluate on: set DATASETS.TEST to registered test sets"
+            )
+        model = cls.build_model(cfg)
+        checkpointer = WholeCheckpointer(
+            model, cfg.OUTPUT_DIR, trust_pickles=cfg.MODEL.TRUST_PICKLES
+        )
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        return cls.test(cfg, model)
+
+    def after_train(self) -> None:
+        """
+        As stock; a finished training's config.yaml names its own weights from then on.
+        """
+        if comm.is_main_process() and self.iter >= self.max_iter:
+            write_own_weights(self.cfg.OUTPUT_DIR)
+        super().after_train()
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:

@@ -3,13 +3,17 @@
 The evaluators that a config asks for.
 """
 
+import difflib
 import logging
 import os
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
+from avdet2.data.datasets.coco_file import read_coco
 from avdet2.evaluation.detection.evaluator import SelfSupervisedDetectionEvaluator
 from avdet2.evaluation.localization.evaluator import build_localization_evaluator
 from avdet2.evaluation.naming.cluster_names import ClusterNames
@@ -62,6 +66,62 @@ def results_file(output_dir: str) -> str:
     Where a run's results are written.
     """
     return os.path.join(output_dir, "inference", "results.json")
+
+
+def check_registered(key: str, names: Sequence[str]) -> None:
+    """
+    Args:
+        key: of the config, for the error.
+        names: of data sets.
+
+    Raises:
+        ValueError: one is not registered.
+    """
+    known = DatasetCatalog.list()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.5)
+            hint = f"; near to it are {', '.join(near)}" if near else ""
+            raise ValueError(f"{key}: no data set {name!r} is registered{hint}")
+
+
+def check_evaluation(
+    cfg: CfgNode, names: ClusterNames, num_classes: int, needs_sound: bool = False
+) -> None:
+    """
+    Everything that an evaluation needs beside the model, so that a long training does not end in
+    an error.
+
+    Args:
+        cfg: of the model that is going to be evaluated.
+        names: of the classes that it predicts.
+        num_classes: that it predicts.
+        needs_sound: of the test images.
+
+    Raises:
+        ValueError, FileNotFoundError: a test set, TEST.MATCHING or TEST.LOCALIZATION is wrong.
+    """
+    check_registered("DATASETS.TEST", cfg.DATASETS.TEST)
+    for name in cfg.DATASETS.TEST:
+        json_file = MetadataCatalog.get(name).get("json_file")
+        # Those of data sets that others have registered are not looked at otherwise.
+        if json_file and os.path.isfile(json_file) and not read_coco(json_file)["annotations"]:
+            raise ValueError(f"DATASETS.TEST: {json_file} has no annotations to evaluate on")
+        images = DatasetCatalog.get(name)
+        if not len(images):
+            raise ValueError(f"DATASETS.TEST: {name} has no images")
+        first = images[0].get("file_name", "")
+        if not os.path.isfile(first):
+            raise ValueError(f"DATASETS.TEST: {name}'s first image {first!r} is not a file")
+        if needs_sound and not any("audio_file" in image or "start" in image for image in images):
+            raise ValueError(
+                f"DATASETS.TEST: no image of {name} has sound (`audio_file`), and a localizer needs "
+                "it: set DATASETS.TEST () for this stage, or take a test set with sound"
+            )
+        names.check(name, num_classes)
+        if json_file:
+            SelfSupervisedDetectionEvaluator(name, None, None, True, distributed=False)
+            build_localization_evaluator(cfg, name, None, None, names.kind != "names")
 
 
 def build_evaluators(cfg: CfgNode, names: ClusterNames) -> list[DatasetEvaluator]:

@@ -18,7 +18,7 @@ from detectron2.data import MetadataCatalog, detection_utils
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
-from avdet2.checkpoint.checkpointer import AVCheckpointer
+from avdet2.checkpoint.checkpointer import WholeCheckpointer
 from avdet2.data.media.video import MediaFile
 from avdet2.engine.cluster_naming import names_of_stage
 from avdet2.engine.stages.self_box_detector import SelfBoxDetectorStage
@@ -99,7 +99,7 @@ class Predictor(DefaultPredictor):
         weights, cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS, ""
         super().__init__(cfg)
         self.cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS = weights
-        AVCheckpointer(self.model, trust_pickles=cfg.MODEL.TRUST_PICKLES).load(weights)
+        WholeCheckpointer(self.model, trust_pickles=cfg.MODEL.TRUST_PICKLES).load(weights)
         self.score, self.clusters = score, _names(cfg)
         self.metadata = self.clusters.metadata(f"avdet2:{os.path.abspath(cfg.MODEL.WEIGHTS)}")
 

@@ -19,6 +19,7 @@ from detectron2.data import transforms as T
 from detectron2.utils import comm
 
 from avdet2.data.mappers.av_mapper import full_frame_size, limit_threads, to_image_tensor
+from avdet2.data.media.video import is_mute
 from avdet2.data.prepared.reader import DAMAGED, NO_SOUND, PreparedClips
 from avdet2.data.prepared.store import StoreWriter
 from avdet2.modeling.meta_arch.av_localizer import AVLocalizer
@@ -136,7 +137,7 @@ class _Frames(Dataset):
         for number in range(len(clip.times) if clip else 0):
             try:
                 waveform = clip.sound(float(clip.times[number]), self.node.AUDIO_SECONDS)
-                if waveform is None:
+                if waveform is None or is_mute(waveform):
                     failures[number] = FAILURES.index(NO_SOUND)
                     continue
                 image = clip.image(number)

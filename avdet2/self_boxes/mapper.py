@@ -10,6 +10,7 @@ from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 
 from avdet2.data.mappers.av_mapper import MAX_FAILURES_IN_A_ROW, limit_threads, to_image_tensor
+from avdet2.data.mappers.read_counts import ReadCounts
 from avdet2.modeling.self_box import self_boxes
 from avdet2.self_boxes.heatmap_cache import HeatmapCache
 from avdet2.self_boxes.teacher import load_localizer
@@ -41,6 +42,7 @@ class SelfBoxMapper:
         labels: str,
         num_classes: int,
         heatmaps: str = "",
+        max_left_out: float = 1.0,
     ) -> None:
         """
         Args:
@@ -54,6 +56,7 @@ class SelfBoxMapper:
             labels: "none" (class 0), "self" (eq. 6) or "video" (the clip's label).
             num_classes: of the detector.
             heatmaps: folder of the localizer's heatmaps of the prepared frames, or "".
+            max_left_out: the largest share of samples that may not be readable.
         """
         if labels not in ("none", "self", "video"):
             raise ValueError(f"MODEL.SELF_BOX.LABELS must be none, self or video, not {labels!r}")
@@ -73,12 +76,13 @@ class SelfBoxMapper:
         self.prepared, self.image_size, self.image_format = prepared, image_size, image_format
         self.flip, self.beta, self.multi = flip, tuple(beta), multi
         self.labels, self.num_classes = labels, num_classes
-        self.empty_in_a_row = 0
+        # Made here, where all workers get it from.
+        self.counts, self.empty_in_a_row = ReadCounts(max_left_out), 0
         self.source: MapSource | None = None
         if heatmaps:
             # Here and not in the workers, which then share its tables.
             cache = HeatmapCache(heatmaps, prepared, localizer_weights)
-            self.source = self._checked(CachedMaps(cache, self._on_the_fly, flip))
+            self.source = self._checked(CachedMaps(cache, self._on_the_fly, flip, self.counts))
 
     @classmethod
     def from_config(cls, cfg):
@@ -95,6 +99,7 @@ class SelfBoxMapper:
             "labels": node.LABELS,
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "heatmaps": node.HEATMAPS,
+            "max_left_out": cfg.DATASETS.MAX_LEFT_OUT,
         }
 
     def __call__(self, dataset_dict: dict) -> dict | None:
@@ -133,7 +138,7 @@ class SelfBoxMapper:
 
     def _on_the_fly(self) -> MapSource:
         localizer, cfg = load_localizer(self.localizer_config, self.localizer_weights)
-        return self._checked(LocalizerMaps(localizer, cfg, self.prepared, self.flip))
+        return self._checked(LocalizerMaps(localizer, cfg, self.prepared, self.flip, self.counts))
 
     def _checked(self, source: MapSource) -> MapSource:
         if self.labels == "self" and not source.num_clusters:

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from avdet2.checkpoint.reading import load_weights
+from avdet2.checkpoint.reading import check_finite, load_weights
 from avdet2.config_file import flat_items, load_cfg
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.modeling.objectives import build_objective
@@ -84,12 +84,17 @@ def build_localizer(cfg: CfgNode, config_file: str, weights: str) -> AVLocalizer
     """
     if cfg.MODEL.META_ARCHITECTURE != "AVLocalizer":
         raise ValueError(f"{config_file} is not the config of an AVLocalizer")
+    if not weights:
+        raise ValueError(
+            "MODEL.WEIGHTS is empty: give the localizer's, model_final.pth in its OUTPUT_DIR"
+        )
     model = build_model(cfg)
     state = load_weights(weights).state
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{weights} does not fit {config_file}: {error}") from error
+    check_finite(model, weights)
     return model.eval().requires_grad_(False)
 
 

@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 
 from avdet2.data.mappers.av_mapper import ClipSampler, to_image_tensor
+from avdet2.data.mappers.read_counts import ReadCounts
 from avdet2.data.prepared.reader import ClipReader
 from avdet2.modeling.heads import joint_cluster
 from avdet2.modeling.meta_arch.av_localizer import AVLocalizer
@@ -65,20 +66,26 @@ class LocalizerMaps:
     """
 
     def __init__(
-        self, localizer: AVLocalizer, cfg: CfgNode, prepared: str = "", flip: bool = True
+        self,
+        localizer: AVLocalizer,
+        cfg: CfgNode,
+        prepared: str = "",
+        flip: bool = True,
+        counts: ReadCounts | None = None,
     ) -> None:
         """
         Args:
             localizer, cfg: of :func:`avdet2.self_boxes.teacher.load_localizer`.
             prepared: folder of the prepared form, or "".
             flip: mirror half of the windows.
+            counts: of what was read.
         """
         node = cfg.INPUT.AV
         self.localizer, self.image_format = fold_batch_norms(localizer), cfg.INPUT.FORMAT
         self.num_clusters = localizer.num_clusters
         self.crop_size, self.window_fraction = node.CROP_SIZE, node.CROP_SIZE / node.FRAME_SIZE
         reader = ClipReader(prepared, node.AUDIO_SECONDS, node.SAMPLE_RATE)
-        self.sampler = ClipSampler(reader, node.AUDIO_SECONDS, training=True)
+        self.sampler = ClipSampler(reader, node.AUDIO_SECONDS, True, counts)
         self.flip = flip
 
     def window_map(self, clip: dict) -> WindowMap | None:
@@ -104,13 +111,18 @@ class CachedMaps:
     """
 
     def __init__(
-        self, cache: HeatmapCache, on_the_fly: Callable[[], MapSource], flip: bool = True
+        self,
+        cache: HeatmapCache,
+        on_the_fly: Callable[[], MapSource],
+        flip: bool = True,
+        counts: ReadCounts | None = None,
     ) -> None:
         """
         Args:
             cache: of the localizer's heatmaps.
             on_the_fly: makes what is asked for clips that are not in the cache.
             flip: mirror half of the windows.
+            counts: of what was read.
         """
         self.cache, self.flip = cache, flip
         config = cache.settings["config"]
@@ -119,7 +131,7 @@ class CachedMaps:
         self.window_fraction = self.crop_size / config["INPUT.AV.FRAME_SIZE"]
         # As the localizer rounds the size of its images.
         self.cells = max(1, round(self.crop_size / cache.settings["stride"]))
-        self.sampler = ClipSampler(cache, config["INPUT.AV.AUDIO_SECONDS"], training=True)
+        self.sampler = ClipSampler(cache, config["INPUT.AV.AUDIO_SECONDS"], True, counts)
         self._make, self._on_the_fly = on_the_fly, None
 
     def window_map(self, clip: dict) -> WindowMap | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["locked", "sha256_of_file", "write_whole"]
+__all__ = ["locked", "sha256_of_file", "walk_once", "write_whole"]
 
 
 @contextmanager
@@ -69,3 +69,29 @@ def locked(
             yield
     except Timeout as error:
         raise ValueError(refusal) from error
+
+
+def walk_once(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """
+    All folders in a folder, and those that links in it lead to, each once, however many links lead
+    to it (one may lead to a folder that it is in). The folders' own names come before those of
+    links.
+
+    Args:
+        folder: path of the first one.
+
+    Yields:
+        tuple: path of a folder, and the sorted names of the files in it.
+    """
+    tops, seen = [folder], set()
+    for top in tops:
+        for place, folders, names in os.walk(top):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            paths = [os.path.join(place, name) for name in folders]
+            tops += [path for path in paths if os.path.islink(path)]
+            yield place, sorted(names)

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 from avdet2.data.clips import VIDEO_EXTENSIONS
 from avdet2.data.datasets.builtin import default_root
-from avdet2.utils.files import write_whole
+from avdet2.utils.files import walk_once, write_whole
+from avdet2.utils.tool import run_tool
 
 # A YouTube id is 11 characters, of which any may be "-" or "_": the rest is what tells the start.
 _CLIP_NAME = re.compile(r"([\w-]{11})_(?:(\d{6})|(\d+)_\d+)", re.ASCII)
@@ -78,10 +79,7 @@ def run_script(
     """
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        sys.stdout.writelines(f"{line}\n" for line in prepare(args))
-    except (OSError, ValueError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+    run_tool(lambda: sys.stdout.writelines(f"{line}\n" for line in prepare(args)))
 
 
 def read_csv(
@@ -159,10 +157,9 @@ def find_clips(folder: str, endings: Collection[str] = VIDEO_EXTENSIONS) -> Clip
         raise ValueError(f"{folder}: no such folder of videos")
     files: dict[tuple[str, int], str] = {}
     others = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
+    for place, names in walk_once(folder):
         inside = os.path.relpath(place, folder)
-        for name in sorted(names):
+        for name in names:
             stem, extension = os.path.splitext(name)
             if extension.lower() in endings:
                 path = name if inside == "." else os.path.join(inside, name)

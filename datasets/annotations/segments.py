@@ -29,7 +29,9 @@ from annotations.prepare import (
 )
 from avdet2.utils.files import sha256_of_file
 
-NOT_ON_DISK = "no file of this segment"
+NOT_ON_DISK = (
+    "no file of this segment: ID_SSSSSS.mp4 (start in seconds, six digits) or ID_MS_MS.mp4"
+)
 OTHER_SEGMENT = "only another segment of the video is on disk"
 _ID_CHARACTERS = frozenset("-_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 

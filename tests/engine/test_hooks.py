@@ -125,6 +125,28 @@ def test_labels_before_the_first_iteration(world):
     assert scalars["self_label/max_over_target"] == pytest.approx(8 * 3 / 23)
 
 
+def test_collapsed_clusters_end_the_training(world, caplog):
+    # All clips alike: no transport plan tells them apart.
+    world.logits = torch.zeros(CLIPS, CLUSTERS)
+    hook = _hook()
+    hook.before_train()
+    assert "all clips have the same scores" in caplog.text
+    assert f"the clusters have collapsed: 1 of {CLUSTERS} is used" in caplog.text
+    hook.update()
+    # Kept over a restart.
+    again = _hook()
+    again.load_state_dict(hook.state_dict())
+    with pytest.raises(ValueError, match="collapsed.*3 times in a row.*MAX_COLLAPSED to 0"):
+        again.update()
+    endless = _hook(MAX_COLLAPSED=0)
+    for _ in range(5):
+        endless.update()
+    # One good pass ends the row.
+    world.logits = 4 * nn.functional.one_hot((world.truth + 1) % CLUSTERS).float()
+    hook.update()
+    assert hook.state_dict()["collapsed"] == 0
+
+
 def test_clusters_have_equal_sizes_where_argmax_would_collapse(world):
     # Cluster 0 is every clip's first choice, by far; the second choices differ.
     world.logits = world.logits + torch.tensor([10.0, 0.0, 0.0])

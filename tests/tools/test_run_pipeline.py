@@ -131,6 +131,7 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("run_pipeline", sys.argv[1])
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
+tool.Stage.check = lambda *args: None
 code = "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL);"
 code += "print(os.getpid(), flush=True); time.sleep(300)"
 tool.Stage.command = lambda *args: [sys.executable, "-c", code]
@@ -247,6 +248,12 @@ def test_all_stages_by_torchrun(tiny_datasets, tmp_path):
         table = (tmp_path / "table.md").read_text().partition("\n\n")[0]
         assert done.stdout.count(table) == 1
     assert "World size: 2" in (tmp_path / "detector" / "log.txt.rank1").read_text()
+
+
+def test_what_the_help_tells(tool) -> None:
+    text = tool.argument_parser().format_help()
+    assert all(word in text for word in ("PIPELINE.STAGES", "STAGE:KEY", "PIPELINE.ONLY"))
+    assert "\n  --resume" not in text and "\n  --eval-only" not in text
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--eval-only"])

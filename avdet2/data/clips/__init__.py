@@ -12,6 +12,7 @@ from avdet2.data.clips.reading import read_clip_list
 from avdet2.data.clips.registering import (
     VIDEO_EXTENSIONS,
     ScannedClips,
+    check_left_out,
     load_av_clips,
     read_once,
     register_av_clips,
@@ -24,6 +25,7 @@ __all__ = [
     "VIDEO_EXTENSIONS",
     "ClipTable",
     "ScannedClips",
+    "check_left_out",
     "label_pairs",
     "load_av_clips",
     "read_clip_list",

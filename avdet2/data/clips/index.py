@@ -95,9 +95,9 @@ def look_up(
         source: list or folder that the files are from.
         read: names of the files, and the clip list where there is one; not called where the index
             holds the list.
-        key: of a clip list. An index with this key is taken as it is, without a look at the files
-            (but missing ones are looked for again). With another key, or without one, facts are
-            taken of files whose size and time of change are as they were.
+        key: of a clip list. An index with this key is taken as it is, but for files that are there
+            and whose size or time of change is another. With another key, or without one, facts are
+            only taken of files whose size and time of change are as they were.
         index: path; by default beside the source where there is a key, else memory.
 
     Returns:
@@ -118,6 +118,7 @@ def look_up(
     # The processes of a training start together: one looks at the files, the others wait for it.
     with locked(f"{index}.lock"):
         known = _known(index, source)
+        logger.info(f"{source}: what is known of the files is kept in {index}")
         return known if _is_complete(known, key) else _completed(read, key, known, index)
 
 
@@ -130,8 +131,7 @@ def _known(index: str | None, source: str) -> Index:
 def _is_complete(known: Index, key: str) -> bool:
     if not key or known.key != key or known.clips is None:
         return False
-    missing = known.files["name"].filter(pa.array(_has_problem(known.files, MISSING)))
-    return not any(map(os.path.exists, missing.to_pylist()))
+    return not _has_changed(known.files).any()
 
 
 def _completed(
@@ -179,14 +179,26 @@ def _believed(files: pa.Table, names: pa.Array, is_same_list: bool) -> np.ndarra
         return places
     # The system may have killed the process for want of memory.
     places[_has_problem(files, CRASHED)[places]] = -1
-    doubtful = places >= 0
-    if is_same_list:
-        doubtful &= _has_problem(files, MISSING)[places]
-    sizes, mtimes = files["size"].to_numpy(), files["mtime"].to_numpy()
-    for i in doubtful.nonzero()[0]:
-        if _stat(names[i].as_py()) != (sizes[places[i]], mtimes[places[i]]):
-            places[i] = -1
+    has_changed = _has_changed(files, may_be_gone=is_same_list)
+    places[has_changed[places] & (places >= 0)] = -1
     return places
+
+
+def _has_changed(files: pa.Table, may_be_gone: bool = True) -> np.ndarray:
+    """
+    Whether the size or the time of change of each file is another than it was.
+
+    Args:
+        files: of the schema :data:`FILES`.
+        may_be_gone: one that is no longer there counts as it was: its disk may be away.
+    """
+    sizes, mtimes = files["size"].to_numpy(), files["mtime"].to_numpy()
+    found = np.zeros(len(files), bool)
+    for start in range(0, len(files), SAVE_EVERY):
+        for i, name in enumerate(files["name"].slice(start, SAVE_EVERY).to_pylist(), start):
+            now = _stat(name)
+            found[i] = now != (sizes[i], mtimes[i]) and not (may_be_gone and now == (-1, -1))
+    return found
 
 
 def _has_problem(files: pa.Table, problem: str) -> np.ndarray:

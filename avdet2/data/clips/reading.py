@@ -5,6 +5,7 @@ or a parquet file. It has `file`, `start` and `duration` in seconds, and optiona
 labels of a clip are joined by "|" (text in csv and parquet) or are a list (jsonl and parquet).
 """
 
+import codecs
 import csv
 import json
 import os
@@ -128,6 +129,8 @@ def _read_jsonl(path: str) -> pa.Table:
 def _jsonl_records(path: str) -> Iterator[tuple[bytes | None, float | None, float | None, list]]:
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:

@@ -19,10 +19,12 @@ from detectron2.utils.logger import log_first_n
 from avdet2.data.clips.index import Index, list_key, look_up
 from avdet2.data.clips.reading import read_clip_list, whole
 from avdet2.data.clips.table import COLUMNS, ClipTable, label_pairs
+from avdet2.utils.files import walk_once
 
 __all__ = [
     "VIDEO_EXTENSIONS",
     "ScannedClips",
+    "check_left_out",
     "load_av_clips",
     "read_once",
     "register_av_clips",
@@ -37,6 +39,8 @@ OUTSIDE = "outside the file's duration"
 TOO_SHORT = "too short"
 _T = TypeVar("_T")
 _Usable = tuple[ClipTable, list[tuple[str, str]]]
+# How many clips of a data set were left out for which reason, by its name.
+_reasons: dict[str, Counter[str]] = {}
 
 
 class ScannedClips(NamedTuple):
@@ -109,6 +113,8 @@ def scan_clips(
         clips, skipped = _within_files(found, names, source)
     else:
         raise ValueError(f"{source}: no such clip list or folder of videos")
+    if found.clips is not None:
+        _warn_of_copies(found.clips, source)
     summary = f"{source}: left out {len(skipped)}, kept {len(clips)} clips: {_counts(skipped)}"
     if not len(clips):
         raise ValueError(
@@ -160,6 +166,7 @@ def register_av_clips(
     def load() -> ClipTable:
         found = scan_clips(source, root, clip_seconds, index, classes)
         metadata.set(label_classes=found.classes)
+        _reasons[name] = Counter(reason for _, reason in found.skipped)
         return found.clips
 
     DatasetCatalog.register(name, read_once(load, source))
@@ -203,6 +210,28 @@ def training_clips(names: Sequence[str]) -> tuple[Sequence[dict[str, Any]], list
     return merged, list(place_of)
 
 
+def check_left_out(names: Sequence[str], largest_share: float) -> None:
+    """
+    Refuse to train on what is left of data sets of which much cannot be used.
+
+    Args:
+        names: of registered data sets.
+        largest_share: of clips that may be left out.
+
+    Raises:
+        ValueError: with the reasons, counted.
+    """
+    kept = len(training_clips(names)[0])
+    counts = sum((_reasons.get(name, Counter()) for name in names), Counter())
+    share = counts.total() / (kept + counts.total())
+    if share > largest_share:
+        reasons = ", ".join(f"{number} x {reason}" for reason, number in counts.most_common())
+        raise ValueError(
+            f"{counts.total()} of {kept + counts.total()} training clips ({share:.0%}) cannot be "
+            f"used: {reasons}. If that is right, set DATASETS.MAX_LEFT_OUT to 1.0"
+        )
+
+
 def _renumbered(
     clips: Sequence[Mapping[str, Any]], places: list[int], name: str
 ) -> ClipTable | list[dict[str, Any]]:
@@ -242,6 +271,15 @@ def _within_files(found: Index, classes: list[str], source: str) -> _Usable:
         labels = labels.filter(pa.array(keep))
     labels = _numbered(whole(labels), classes, source)
     return _table(files, file, start, duration, labels), skipped
+
+
+def _warn_of_copies(clips: pa.Table, source: str) -> None:
+    file = whole(clips["file"]).indices
+    places = pa.table([file, clips["start"], clips["duration"]], ["file", "start", "duration"])
+    copies = len(clips) - len(places.group_by(places.column_names).aggregate([]))
+    if copies:
+        text = f"{source}: {copies} of {len(clips)} clips are copies of others: same file and times"
+        log_first_n(logging.WARNING, text, key="message", name=__name__)
 
 
 def _numbered(labels: pa.ListArray, classes: list[str], source: str) -> pa.ListArray:
@@ -316,6 +354,6 @@ def _counts(skipped: list[tuple[str, str]]) -> str:
 
 def _videos_in(folder: str) -> pa.Array:
     found = []
-    for place, _, names in os.walk(os.path.abspath(folder), followlinks=True):
+    for place, names in walk_once(os.path.abspath(folder)):
         found += [os.path.join(place, n) for n in names if n.lower().endswith(VIDEO_EXTENSIONS)]
     return pa.array(map(os.fsencode, sorted(found)), pa.large_binary())

@@ -3,7 +3,6 @@
 Test sets: images with boxes in a COCO json, and where it says so the sound that belongs to them.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -11,6 +10,8 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+
+from avdet2.data.datasets.coco_file import read_coco
 
 
 def load_coco_av(
@@ -36,17 +37,19 @@ def load_coco_av(
 
     Raises:
         FileNotFoundError: the data set is not there.
+        ValueError: see :func:`read_coco`.
     """
     if not os.path.isfile(json_file):
         hint = f": make the data set with `{how_to_make}`" if how_to_make else ""
         raise FileNotFoundError(f"{json_file} is missing{hint}.")
+    images = {image["id"]: image for image in read_coco(json_file)["images"]}
     dicts = load_coco_json(json_file, image_root, dataset_name, list(extra_annotation_keys))
-    with open(json_file, encoding="utf-8") as f:
-        images = {image["id"]: image for image in json.load(f)["images"]}
     for entry in dicts:
         image = images[entry["image_id"]]
         if "audio_file" in image:
             entry["audio_file"] = os.path.abspath(os.path.join(image_root, image["audio_file"]))
+            if "time" not in image:
+                raise ValueError(f"{json_file}: image {image['id']!r} has audio_file, but no time")
             entry["time"] = image["time"]
     return dicts
 

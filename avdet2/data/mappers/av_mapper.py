@@ -15,6 +15,7 @@ from detectron2.config import configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 
+from avdet2.data.mappers.read_counts import ReadCounts
 from avdet2.data.media.video import MediaError, read_audio
 from avdet2.data.media.waveform import audio_to_int16
 from avdet2.data.prepared.reader import ClipReader
@@ -51,7 +52,13 @@ class ClipSampler:
     Draws one moment of a clip: a frame and the sound around it.
     """
 
-    def __init__(self, reader: ClipReader, audio_seconds: float, training: bool) -> None:
+    def __init__(
+        self,
+        reader: ClipReader,
+        audio_seconds: float,
+        training: bool,
+        counts: ReadCounts | None = None,
+    ) -> None:
         """
         Args:
             reader: reads the prepared form, or the video.
@@ -60,7 +67,9 @@ class ClipSampler:
                 once in each worker: the stock MapDataset then draws another clip, as often as it
                 gets None, so many failures in a row are an error. Else the middle of the clip, and
                 the reader's MediaError is the caller's.
+            counts: in training, of what was read and what was not; by default its own.
         """
+        self.counts = counts or (ReadCounts() if training else None)
         self.reader, self.audio_seconds, self.training = reader, audio_seconds, training
         self.failed: dict[str, str] = {}
         self.failures_in_a_row = 0
@@ -84,7 +93,7 @@ class ClipSampler:
 
         Raises:
             MediaError: a bad clip, not in training.
-            ValueError: nothing but bad clips, in training.
+            ValueError: nothing but bad clips, or too many of them, in training.
         """
         try:
             sample = self.reader.read(clip, self.moment(clip))
@@ -94,6 +103,8 @@ class ClipSampler:
             self._count(clip["file_name"], error)
             return None
         self.failures_in_a_row = 0
+        if self.training:
+            self.counts.add()
         return sample
 
     def _count(self, file_name: str, error: MediaError) -> None:
@@ -102,6 +113,7 @@ class ClipSampler:
             raise ValueError(
                 f"{self.failures_in_a_row} clips in a row could not be read; the last one: {error}"
             ) from error
+        self.counts.add(error.reason)
         if file_name not in self.failed:
             self.failed[file_name] = str(error)
             logger.warning(f"skipped clip, {len(self.failed)} so far in this worker: {error}")
@@ -152,7 +164,12 @@ class AVMapper:
         reader = ClipReader(cfg.DATASETS.PREPARED, node.AUDIO_SECONDS, node.SAMPLE_RATE)
         return {
             "crop": crop,
-            "sampler": ClipSampler(reader, node.AUDIO_SECONDS, training=crop == "random"),
+            "sampler": ClipSampler(
+                reader,
+                node.AUDIO_SECONDS,
+                crop == "random",
+                ReadCounts(cfg.DATASETS.MAX_LEFT_OUT) if crop == "random" else None,
+            ),
             "frame_size": node.FRAME_SIZE,
             "crop_size": node.CROP_SIZE,
             "flip": cfg.INPUT.RANDOM_FLIP == "horizontal",

@@ -10,6 +10,7 @@ from detectron2.config import configurable
 from detectron2.data import transforms as T
 
 from avdet2.data.mappers.av_mapper import ClipSampler, limit_threads, to_image_tensor
+from avdet2.data.mappers.read_counts import ReadCounts
 from avdet2.data.prepared.reader import ClipReader
 
 
@@ -55,7 +56,12 @@ class FrameMapper:
         return {
             "moment": moment,
             # Without sound any moment of the clip will do.
-            "sampler": ClipSampler(reader, 0.0, training=moment == "random"),
+            "sampler": ClipSampler(
+                reader,
+                0.0,
+                moment == "random",
+                ReadCounts(cfg.DATASETS.MAX_LEFT_OUT) if moment == "random" else None,
+            ),
             "frame_size": node.FRAME_SIZE,
             "frames_per_clip": node.FRAMES_PER_CLIP,
             "image_format": cfg.INPUT.FORMAT,

@@ -252,5 +252,12 @@ def check_sound(path: str, waveform: np.ndarray, held: int, wanted: int) -> None
     """
     if held < MIN_SOUND * wanted:
         raise MediaError(path, "no sound at that time")
-    if not ((waveform > SILENCE) | (waveform < -SILENCE)).any():
+    if is_mute(waveform):
         raise MediaError(path, "mute")
+
+
+def is_mute(waveform: np.ndarray) -> bool:
+    """
+    Whether sound, float32 or int16, is nothing but digital silence.
+    """
+    return not ((waveform > SILENCE) | (waveform < -SILENCE)).any()

@@ -21,7 +21,7 @@ import numpy as np
 
 from detectron2.utils.logger import log_first_n
 
-from avdet2.data.media.video import MIN_SOUND, MediaError, read_frame, read_sample
+from avdet2.data.media.video import MIN_SOUND, MediaError, check_sound, read_frame, read_sample
 from avdet2.data.media.waveform import audio_to_int16
 from avdet2.data.prepared.store import Record, Store
 
@@ -179,7 +179,7 @@ class PreparedClips(Store):
             None where the clip is not in it.
 
         Raises:
-            MediaError: there is no sound at that time, or a checksum is wrong.
+            MediaError: there is no sound at that time, or digital silence, or a checksum is wrong.
         """
         place = self.place(clip)
         if place is None:
@@ -194,6 +194,8 @@ class PreparedClips(Store):
             raise MediaError(clip["file_name"], DAMAGED, str(error)) from error
         if sound is None:
             raise MediaError(clip["file_name"], NO_SOUND)
+        if len(sound):
+            check_sound(clip["file_name"], sound, len(sound), len(sound))
         return image, sound, time
 
 

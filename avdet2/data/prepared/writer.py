@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from avdet2.data.media.video import MIN_SOUND, MediaError, MediaFile
+from avdet2.data.media.video import MediaFile, check_sound
 from avdet2.data.media.waveform import audio_to_int16
 from avdet2.data.prepared.reader import (
     SOUND,
@@ -62,8 +62,7 @@ def prepare_clip(clip: Mapping[str, Any], settings: PrepareSettings, root: str) 
     with MediaFile(clip["file_name"]) as media:
         jpegs = [_jpeg(image, settings) for image in media.frames(times.tolist())]
         waveform, first, last = media.sound(begin / rate, end / rate, rate)
-    if last - first < MIN_SOUND * min(rate, len(waveform)):
-        raise MediaError(clip["file_name"], "no sound at that time")
+    check_sound(clip["file_name"], waveform, last - first, min(rate, len(waveform)))
     sound = audio_to_int16(waveform).astype("<i2")
     pieces = [sound[i : i + rate].tobytes() for i in range(0, len(sound), rate)]
     head = np.array([(begin, first, last, len(sound))], SOUND).tobytes()

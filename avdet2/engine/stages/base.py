@@ -4,7 +4,7 @@ What a kind of stage decides: how it starts, trains, is evaluated, and hands its
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -19,8 +19,11 @@ from detectron2.engine import HookBase
 
 from avdet2.checkpoint.pixel_settings import Start
 from avdet2.checkpoint.whole import FINAL
+from avdet2.data.clips import check_left_out, training_clips
 from avdet2.data.loaders import build_list_loader
+from avdet2.engine.config_rules import check_values
 from avdet2.engine.hand_over import check_backbone, init_backbone, open_weights
+from avdet2.evaluation.build import check_evaluation, check_registered
 from avdet2.evaluation.naming.cluster_names import ClusterNames
 
 WEIGHTS = "MODEL.WEIGHTS"
@@ -36,6 +39,7 @@ class StageKind:
         cfg: the config of the stage.
         mapper: the INPUT.MAPPER that it trains with.
         trains: whether there is anything to learn. If not, it is only evaluated.
+        needs_sound: whether it needs that of test images.
         is_evaluated: whether there are results. If not, it is done when it is trained.
         offers: what later stages of a pipeline may take from it: it is a "localizer", a
             "backbone", a "warmup" of detectors, or nothing ("").
@@ -45,6 +49,7 @@ class StageKind:
     mapper = "DatasetMapper"
     trains = True
     is_evaluated = True
+    needs_sound = False
     offers = ""
     title = "{}"
 
@@ -87,6 +92,41 @@ class StageKind:
         for start in others:
             init_backbone(model.backbone, start.weights, start.key, last_stages=False)
 
+    def check(self, eval_only: bool = False, promised: Collection[str] = ()) -> None:
+        """
+        Find what is wrong before long work, and not after it.
+
+        Args:
+            eval_only: it is not trained.
+            promised: files that are not there yet, as stages before it write them.
+
+        Raises:
+            ValueError, FileNotFoundError: a value of the config, files that it names, or data sets.
+        """
+        check_values(self.cfg)
+        trains = self.trains and not eval_only
+        if trains:
+            check_registered("DATASETS.TRAIN", self.cfg.DATASETS.TRAIN)
+            for key, path in self.files():
+                if path not in promised and "://" not in path and not os.path.isfile(path):
+                    raise ValueError(f"{key} {path!r} is not a file")
+            self.check_clips()
+        if self.is_evaluated:
+            names = ClusterNames(self.cfg, self.names_kind)
+            check_evaluation(self.cfg, names, self.num_classes, self.needs_sound)
+
+    def files(self) -> list[tuple[str, str]]:
+        """
+        Keys and paths of the files that a training reads.
+        """
+        return [(start.key, start.weights) for start in self.starts() if start.weights]
+
+    def check_clips(self) -> None:
+        """
+        Raises:
+            ValueError: there is nothing to learn from the training clips.
+        """
+
     # How it trains.
 
     def finish_model(self, model: nn.Module) -> None:
@@ -121,6 +161,20 @@ class StageKind:
     # How it is evaluated.
 
     @property
+    def names_kind(self) -> str:
+        """
+        What the classes that it predicts are, for :class:`ClusterNames`.
+        """
+        return "names"
+
+    @property
+    def num_classes(self) -> int:
+        """
+        That it predicts.
+        """
+        return self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
+
+    @property
     def image_size(self) -> int:
         """
         The short side of the images that it trains on, in pixels.
@@ -137,7 +191,7 @@ class StageKind:
         Raises:
             ValueError: TEST.MATCHING is wrong.
         """
-        return ClusterNames(self.cfg, "names")
+        return ClusterNames(self.cfg, self.names_kind)
 
     # What it takes from the stages of a pipeline before it, and what later ones take from it.
 
@@ -173,3 +227,24 @@ def last_weights(stages: Sequence[StageKind]) -> list[str]:
     The pair by which a stage goes on from the last one of these, if there is any.
     """
     return [WEIGHTS, stages[-1].weights] if stages else []
+
+
+def check_contrast(cfg: CfgNode) -> None:
+    """
+    What models need that learn to tell clips apart.
+
+    Raises:
+        ValueError: too few of the clips can be used, or there are no two, or not in a batch.
+    """
+    check_left_out(cfg.DATASETS.TRAIN, cfg.DATASETS.MAX_LEFT_OUT)
+    clips, _ = training_clips(cfg.DATASETS.TRAIN)
+    if len(clips) < 2:
+        raise ValueError(
+            f"there is {len(clips)} training clip, and at least two are needed to tell them apart: "
+            "give more videos, or shorter clips (DATASETS.CLIP_SECONDS)"
+        )
+    if cfg.SOLVER.IMS_PER_BATCH < 2:
+        raise ValueError(
+            "SOLVER.IMS_PER_BATCH is 1, and at least two are needed: clips are told apart within a "
+            "batch, and batch norm needs more than one sample"
+        )

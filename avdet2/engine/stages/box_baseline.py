@@ -9,7 +9,6 @@ from detectron2.config import CfgNode
 
 from avdet2.engine.stages.base import StageKind
 from avdet2.evaluation.baselines import BoxBaseline
-from avdet2.evaluation.naming.cluster_names import ClusterNames
 
 
 class BoxBaselineStage(StageKind):
@@ -23,5 +22,6 @@ class BoxBaselineStage(StageKind):
     def fits(cls, cfg: CfgNode, model_class: type[nn.Module]) -> bool:
         return issubclass(model_class, BoxBaseline)
 
-    def class_names(self, model: nn.Module) -> ClusterNames:
-        return ClusterNames(self.cfg, "none")
+    @property
+    def names_kind(self) -> str:
+        return "none"

@@ -22,11 +22,19 @@ from avdet2.data.clips import training_clips
 from avdet2.data.loaders import build_pair_loader
 from avdet2.engine.hand_over import check_backbone, check_whole, init_backbone, open_weights
 from avdet2.engine.hooks import SelfLabelHook
-from avdet2.engine.stages.base import FINAL, WEIGHTS, StageKind, last_weights, offering
+from avdet2.engine.stages.base import (
+    FINAL,
+    WEIGHTS,
+    StageKind,
+    check_contrast,
+    last_weights,
+    offering,
+)
 from avdet2.evaluation.naming.cluster_names import ClusterNames
 from avdet2.evaluation.naming.votes import collect_votes
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.modeling.meta_arch.av_localizer import current_names
+from avdet2.modeling.object_dictionary import load_dictionary
 from avdet2.self_boxes.inference import ReadableLoader
 
 logger = logging.getLogger(__name__)
@@ -45,6 +53,7 @@ class LocalizerStage(StageKind):
     mapper = "AVMapper"
     title = "{} (self-boxes)"
     offers = "localizer"
+    needs_sound = True
 
     @classmethod
     def fits(cls, cfg: CfgNode, model_class: type[nn.Module]) -> bool:
@@ -96,9 +105,29 @@ class LocalizerStage(StageKind):
         pinned = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         return ReadableLoader(images, AVMapper(cfg, "full"), 1, cfg.DATALOADER.NUM_WORKERS, pinned)
 
+    @property
+    def names_kind(self) -> str:
+        node = self.cfg.MODEL.LOCALIZER
+        return "clusters" if node.LAMBDA < 1 or node.OBJECT_DICTIONARY else "none"
+
+    @property
+    def num_classes(self) -> int:
+        node = self.cfg.MODEL.LOCALIZER
+        if node.OBJECT_DICTIONARY:
+            return len(load_dictionary(node.OBJECT_DICTIONARY, node.EMBED_DIM))
+        return node.NUM_CLUSTERS
+
     def class_names(self, model: AVLocalizer) -> ClusterNames:
-        kind = "clusters" if model.has_clusters else "none"
-        return ClusterNames(self.cfg, kind, partial(collect_votes, model, self.cfg))
+        return ClusterNames(self.cfg, self.names_kind, partial(collect_votes, model, self.cfg))
+
+    def check_clips(self) -> None:
+        check_contrast(self.cfg)
+        count = len(training_clips(self.cfg.DATASETS.TRAIN)[0])
+        if self.names_kind == "clusters" and count < self.num_classes:
+            raise ValueError(
+                f"MODEL.LOCALIZER.NUM_CLUSTERS is {self.num_classes}, but there are only {count} "
+                f"training clips: set it to less than {count}, or give more (shorter) clips"
+            )
 
     def links(self, before: Sequence[StageKind]) -> list[str]:
         """

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from detectron2.config import CfgNode
 
-from avdet2.data.clips import training_clips
+from avdet2.data.clips import check_left_out, training_clips
 from avdet2.data.loaders import build_list_loader
 from avdet2.engine.stages.base import FINAL, StageKind, last_weights, offering
 from avdet2.evaluation.naming.cluster_names import ClusterNames
@@ -41,9 +41,20 @@ class SelfBoxDetectorStage(StageKind):
         return build_list_loader(self.cfg, clips, SelfBoxMapper(self.cfg))
 
     def class_names(self, model: nn.Module) -> ClusterNames:
+        return ClusterNames(self.cfg, self.names_kind, partial(frozen_votes, self.cfg))
+
+    @property
+    def names_kind(self) -> str:
         kinds = {"self": "clusters", "video": "labels"}
-        kind = kinds.get(self.cfg.MODEL.SELF_BOX.LABELS, "none")
-        return ClusterNames(self.cfg, kind, partial(frozen_votes, self.cfg))
+        return kinds.get(self.cfg.MODEL.SELF_BOX.LABELS, "none")
+
+    def files(self) -> list[tuple[str, str]]:
+        node = self.cfg.MODEL.SELF_BOX
+        teacher = [(LOCALIZER_CONFIG, node.LOCALIZER_CONFIG)]
+        return [*super().files(), *teacher, (LOCALIZER_WEIGHTS, node.LOCALIZER_WEIGHTS)]
+
+    def check_clips(self) -> None:
+        check_left_out(self.cfg.DATASETS.TRAIN, self.cfg.DATASETS.MAX_LEFT_OUT)
 
     @property
     def offers(self) -> str:

@@ -12,7 +12,7 @@ from avdet2.checkpoint.pixel_settings import Start
 from avdet2.data import FrameMapper
 from avdet2.data.clips import training_clips
 from avdet2.data.loaders import build_pair_loader
-from avdet2.engine.stages.base import StageKind
+from avdet2.engine.stages.base import StageKind, check_contrast
 from avdet2.modeling.meta_arch import SimCLR
 
 
@@ -31,6 +31,9 @@ class SimCLRStage(StageKind):
 
     def starts(self) -> list[Start]:
         return super().starts()[:1]
+
+    def check_clips(self) -> None:
+        check_contrast(self.cfg)
 
     def build_train_loader(self) -> DataLoader:
         clips, _ = training_clips(self.cfg.DATASETS.TRAIN)

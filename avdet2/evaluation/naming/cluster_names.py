@@ -114,6 +114,31 @@ class ClusterNames:
             return self._saved
         return self.match(self.training[1], {})
 
+    def check(self, dataset_name: str, num_classes: int) -> None:
+        """
+        Everything that :meth:`for_test_set` needs, but for the votes, so that what is wrong is found
+        before the training.
+
+        Args:
+            dataset_name: a registered test set that has been loaded.
+            num_classes: that the model predicts.
+
+        Raises:
+            ValueError: TEST.MATCHING, or what it needs, is wrong.
+        """
+        if self.kind not in ("clusters", "labels"):
+            return
+        metadata = MetadataCatalog.get(dataset_name)
+        if self._saved:
+            if self._saved.num_clusters != num_classes:
+                raise ValueError(
+                    f"TEST.MATCHING.FILE {self._node.FILE} names {self._saved.num_clusters} "
+                    f"clusters, but the model has {num_classes}: it is of another run"
+                )
+            self._saved.aligned(metadata.thing_classes)
+        elif self._cfg.DATASETS.TRAIN and len(self._labels[0]):
+            self._space(metadata.thing_classes, metadata.get("label_groups", {}))
+
     def match(self, class_names: Sequence[str], groups: dict[str, str]) -> ClusterMatching | None:
         """
         Find the names by the labels of the training clips, as TEST.MATCHING says.
@@ -139,14 +164,16 @@ class ClusterNames:
         Raises:
             ValueError: TEST.MATCHING is wrong.
         """
+        match = self._match_labels if self.kind == "labels" else self._match_votes
+        return match(self._space(class_names, groups), list(class_names))
+
+    def _space(self, class_names: Sequence[str], groups: dict[str, str]) -> LabelSpace:
         node, train_names = self._node, self.training[1]
         groups = groups | read_groups(node.GROUPS, train_names, class_names)
         merge = node.METHOD == "manual"
         if self.kind == "labels" or node.METHOD == "mshot":
             merge |= node.SPACE != "representative"
-        space = label_space(train_names, class_names, node.SPACE, groups, merge)
-        match = self._match_labels if self.kind == "labels" else self._match_votes
-        return match(space, list(class_names))
+        return label_space(train_names, class_names, node.SPACE, groups, merge)
 
     def _match_votes(self, space: LabelSpace, class_names: list[str]) -> ClusterMatching | None:
         clips, labels = self._labels

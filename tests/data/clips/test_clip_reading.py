@@ -162,6 +162,16 @@ def test_long_lists_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(whole["file"].chunk(0).dictionary) == 7
 
 
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    for name, text in (
+        ("a.csv", "file,start,duration\na.mp4,0,1\n"),
+        ("a.jsonl", '{"file": "a.mp4", "start": 0, "duration": 1}\n'),
+    ):
+        path = tmp_path / name
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert [row[0] for row in rows_of(str(path), "/base")] == [b"/base/a.mp4"]
+
+
 def test_empty_lines_count(tmp_path: Path) -> None:
     lines = [f"{i % 7}.mp4,{i},1," for i in range(100)]
     source = write_list(tmp_path / "a.csv", HEADER + "\n\n".join(lines))

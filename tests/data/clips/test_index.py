@@ -66,6 +66,26 @@ def test_index_of_a_list(videos: Path, tmp_path: Path, probed: list[str]) -> Non
     (videos / "new.mp4").unlink()
 
 
+def test_a_list_s_files_that_are_replaced(videos: Path, tmp_path: Path, probed: list[str]) -> None:
+    file = tmp_path / "a.mp4"
+    file.write_bytes(b"half a download")
+    rows = "a.mp4,0,1\nb.mp4,0,5\n"
+    source = write_list(tmp_path / "a.csv", "file,start,duration\n" + rows)
+    (tmp_path / "b.mp4").write_bytes((videos / "b/long.mp4").read_bytes())
+    assert [clip["duration"] for clip in load_av_clips(source)] == [pytest.approx(2.6, abs=0.03)]
+    # It is downloaded again, and the other one is replaced by a shorter one.
+    file.write_bytes((videos / "b/long.mp4").read_bytes())
+    (tmp_path / "b.mp4").write_bytes((videos / "c.MOV").read_bytes())
+    probed.clear()
+    lengths = [1.0, pytest.approx(0.7, abs=0.03)]
+    for _ in range(2):
+        assert [clip["duration"] for clip in load_av_clips(source)] == lengths
+        assert sorted(probed) == ["a.mp4", "b.mp4"]
+    # A disk that is away for a while changes nothing.
+    file.rename(tmp_path / "away")
+    assert len(load_av_clips(source)) == 2 and len(probed) == 2
+
+
 def test_index_of_a_folder(videos: Path, tmp_path: Path, probed: list[str]) -> None:
     index = str(tmp_path / "sub" / "folder.arrow")
     clips = load_av_clips(str(videos), clip_seconds=1.0, index=index)

@@ -17,6 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.data.clips import (
     ClipTable,
+    check_left_out,
     load_av_clips,
     read_once,
     register_av_clips,
@@ -43,6 +44,35 @@ def test_folder_is_cut_into_clips(videos: Path) -> None:
     lengths = [1.0, 1.0, 1.0, 1.0, 0.6, 0.7]
     assert [clip["duration"] for clip in clips] == pytest.approx(lengths, abs=0.03)
     assert [clip["start"] for clip in load_av_clips(str(videos))] == [0.0, 0.0, 0.0]
+
+
+def test_a_folder_with_a_link_to_itself(videos: Path) -> None:
+    expected = load_av_clips(str(videos))
+    (videos / "latest").symlink_to(".")
+    (videos / "b" / "up").symlink_to("..")
+    try:
+        assert load_av_clips(str(videos)) == expected
+    finally:
+        (videos / "latest").unlink()
+        (videos / "b" / "up").unlink()
+
+
+def test_copies_and_what_is_left_out(videos: Path, tmp_path: Path, caplog) -> None:
+    text = (
+        HEADER + "a.mkv,0,1,x\n" * 12 + "a.mkv,1,1,x\nnone.mp4,0,1,x\n" + "silent.mp4,0,1,x\n" * 2
+    )
+    source = write_list(tmp_path / "copies.csv", text)
+    register_av_clips("copies_test", source, str(videos))
+    try:
+        # 3 of 16.
+        check_left_out(("copies_test",), 0.2)
+        assert "12 of 16 clips are copies of others" in caplog.text
+        message = r"3 of 16 training clips \(19%\).*2 x no audio stream, 1 x file not found"
+        with pytest.raises(ValueError, match=message):
+            check_left_out(("copies_test",), 0.15)
+    finally:
+        DatasetCatalog.remove("copies_test")
+        MetadataCatalog.remove("copies_test")
 
 
 def test_clips_of_a_list(videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,5 +27,6 @@ def test_where_names_come_from(architecture, mapper, labels, has_clusters, kind)
     cfg = load_cfg("")
     cfg.MODEL.META_ARCHITECTURE, cfg.INPUT.MAPPER = architecture, mapper
     cfg.MODEL.SELF_BOX.LABELS = labels
+    cfg.MODEL.LOCALIZER.LAMBDA = 0.5 if has_clusters else 1.0
     model = SimpleNamespace(has_clusters=has_clusters)
     assert stage_kind(cfg).class_names(model).kind == kind
