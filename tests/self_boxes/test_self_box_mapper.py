@@ -257,9 +257,10 @@ def test_clips_without_a_self_box(world):
 
 def test_the_localizer_is_loaded_by_the_worker(world):
     mapper = _mapper(prepared="somewhere")
-    # What is sent to a worker is small, and has nothing of the model.
+    # What is sent to a worker is small (33 kB are counts, which workers share), and has nothing of
+    # the model.
     assert not world.loaded
-    assert len(pickle.dumps(mapper)) < 2000
+    assert len(pickle.dumps(mapper)) < 35_000
     for _ in range(3):
         mapper(_clip())
     assert world.loaded == [("config.yaml", "model_final.pth")]
