@@ -177,7 +177,7 @@ def test_a_run_warns_when_it_starts_and_not_when_it_goes_on(files, tmp_path, cap
         logger.addHandler(caplog.handler)
         assert len(_setup(tmp_path, caplog, *words)) == 1
         assert len(_setup(tmp_path, caplog, "--resume", *words)) == 1
-        (tmp_path / "run/last_checkpoint").write_text("model_0000009.pth")
+        (tmp_path / "run/model_0000009.pth").touch()
         assert _setup(tmp_path, caplog, "--resume", *words) == []
     finally:
         logger.removeHandler(caplog.handler)
