@@ -5,7 +5,7 @@ Draws what a finished pipeline learned: heatmaps.png, detections.png and curves.
 
     python tools/visualize_results.py --run output/synthetic
 
-Heatmaps lie over frames of training clips, with the self-box and, as title, its name. Test images
+Heatmaps lie over frames of training clips, the surest of every cluster, with the self-box and, as title, its name. Test images
 show detections above a score; thin white boxes are objects of the ground truth, dashed where they
 are silent. Without a test set, detections are drawn on frames of training clips. Names are those of
 RUN/clusters.json, which can be edited.
@@ -30,6 +30,7 @@ from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError
 from avdet2.engine import use_own_videos
 from avdet2.engine.cluster_naming import names_of_stage
+from avdet2.evaluation.naming.votes import frozen_votes
 from avdet2.predict import Predictor
 from avdet2.predict.run_folder import stage_cfg
 from avdet2.utils.tool import run_tool
@@ -67,6 +68,26 @@ def readable(
             print(f"left out {error}")
 
 
+def clips_of_all_clusters(stage: Path, cfg, count: int) -> list[dict]:
+    """
+    At least so many training clips, the surest ones of every cluster; without clusters, at equal
+    steps.
+    """
+    clips, _ = training_clips(cfg.DATASETS.TRAIN)
+    if cfg.MODEL.LOCALIZER.LAMBDA == 1:
+        steps = np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int)
+        return [clips[i] for i in steps]
+    cfg = cfg.clone()
+    cfg.MODEL.SELF_BOX.LOCALIZER_CONFIG = str(stage / "config.yaml")
+    cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS = str(stage / "model_final.pth")
+    votes = frozen_votes(cfg, clips)
+    chosen, scores = votes.clusters.numpy(), votes.scores.max(dim=1).values.numpy()
+    each = -(-count // votes.num_clusters)
+    rows = [np.flatnonzero(chosen == k) for k in range(votes.num_clusters)]
+    surest = np.concatenate([row[np.argsort(-scores[row], kind="stable")][:each] for row in rows])
+    return [clips[int(votes.sample_ids[row])] for row in surest]
+
+
 def clip_title(cfg, clip: dict, name: str = "") -> str:
     """
     A short title; files of a benchmark are numbers that say nothing.
@@ -80,13 +101,13 @@ def draw_heatmaps(stage: Path, path: Path, count: int) -> None:
     Training clips with their heatmaps and self-boxes.
     """
     cfg = stage_with_clips(stage)
-    clips, _ = training_clips(cfg.DATASETS.TRAIN)
     mapper = AVMapper(cfg, "full")
     model = build_model(cfg).eval()
     WholeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     clusters = names_of_stage(cfg, str(stage))
     images, titles = [], []
-    for clip, frame in tqdm(readable(clips, mapper, count), "heatmaps", count):
+    clips = clips_of_all_clusters(stage, cfg, count)
+    for clip, frame in tqdm(readable(clips, mapper, len(clips)), "heatmaps", len(clips)):
         with torch.no_grad():
             output = model([clip])[0]
         found = output["instances"]
