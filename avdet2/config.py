@@ -250,6 +250,9 @@ def _add_solver(cfg: CN) -> None:
     # Iterations between two looks at the losses, which are then the means since the last look: each
     # waits for the device and for the other processes. 1 is stock.
     cfg.SOLVER.METRIC_PERIOD = 1
+    # So many of the periodic checkpoints stay; 0: all, as stock. With 2, there is one to go on from
+    # where the last is damaged.
+    cfg.SOLVER.MAX_TO_KEEP = 0
     # Length of the training, and of the warm-up, in passes over the training set. Above 0 they
     # replace MAX_ITER and WARMUP_ITERS.
     cfg.SOLVER.MAX_EPOCH = 0.0

@@ -6,6 +6,7 @@ Detectron2's trainer with the choices that avdet2's configs make.
 import json
 import logging
 import os
+import re
 import weakref
 from collections.abc import Iterable
 
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -57,6 +58,8 @@ class AVTrainer(DefaultTrainer):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         batch_per_process(cfg)
+        if cfg.SOLVER.MAX_TO_KEEP < 0:
+            raise ValueError("SOLVER.MAX_TO_KEEP must be 0, which keeps all checkpoints, or more")
         cfg = resolve_epochs(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -137,12 +140,23 @@ class AVTrainer(DefaultTrainer):
         if resume and self.checkpointer.has_checkpoint():
             path = self.checkpointer.get_checkpoint_file()
             check_goes_on(self, path)
+            self._count_checkpoints()
             if comm.is_main_process():
                 # Another one than the last may have been found.
                 self.checkpointer.tag_last_checkpoint(os.path.basename(path))
         else:
             stage_kind(self.cfg).hand_over(unwrap(self._trainer.model))
         super().resume_or_load(resume)
+
+    def _count_checkpoints(self) -> None:
+        """
+        SOLVER.MAX_TO_KEEP also counts those from before a training was interrupted.
+        """
+        names = (os.path.basename(file) for file in self.checkpointer.get_all_checkpoint_files())
+        found = sorted(name for name in names if re.fullmatch(r"model_\d+\.pth", name))
+        for hook in self._hooks:
+            if isinstance(hook, PeriodicCheckpointer):
+                hook.recent_checkpoints = [os.path.join(self.cfg.OUTPUT_DIR, x) for x in found]
 
     def build_hooks(self) -> list[HookBase]:
         """
@@ -152,6 +166,9 @@ class AVTrainer(DefaultTrainer):
         hooks = super().build_hooks()
         # Behind the timer and the learning rate's.
         hooks[2:2] = stage_kind(self.cfg).build_hooks(unwrap(self._trainer.model))
+        for hook in hooks:
+            if isinstance(hook, PeriodicCheckpointer):
+                hook.max_to_keep = self.cfg.SOLVER.MAX_TO_KEEP or None
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         hooks.insert(place, self._stop)
         return [*hooks, ReadReport()]

@@ -81,6 +81,18 @@ def test_resume_restores_optimizer_labels_and_iteration(finished_run, tiny_av, t
     assert (tmp_path / "model_final.pth").is_file()
 
 
+def test_old_checkpoints_go_also_those_from_before_a_resume(finished_run, tiny_av, tmp_path):
+    interrupted(finished_run[0], tmp_path)
+    opts = ["SOLVER.MAX_TO_KEEP", "2", "SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "5"]
+    trainer = AVTrainer(make_cfg(tiny_av, tmp_path, *opts))
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    kept = sorted(path.name for path in tmp_path.glob("*.pth"))
+    assert kept == ["model_0000003.pth", "model_0000004.pth", "model_final.pth"]
+    with pytest.raises(ValueError, match="MAX_TO_KEEP must be 0"):
+        AVTrainer(make_cfg(tiny_av, tmp_path, "SOLVER.MAX_TO_KEEP", "-1"))
+
+
 def test_resume_does_not_estimate_the_first_labels_again(finished_run, tiny_av, tmp_path):
     saved = interrupted(finished_run[0], tmp_path)
     trainer = AVTrainer(make_cfg(tiny_av, tmp_path))
