@@ -263,9 +263,9 @@ class AVTrainer(DefaultTrainer):
                 "there is nothing to evaluate on: set DATASETS.TEST to registered test sets"
             )
         model = cls.build_model(cfg)
-        checkpointer = WholeCheckpointer(
-            model, cfg.OUTPUT_DIR, trust_pickles=cfg.MODEL.TRUST_PICKLES
-        )
+        # A baseline that learns nothing has no weights, or says itself what it lacks.
+        loads = WholeCheckpointer if stage_kind(cfg).trains else AVCheckpointer
+        checkpointer = loads(model, cfg.OUTPUT_DIR, trust_pickles=cfg.MODEL.TRUST_PICKLES)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         return cls.test(cfg, model)
 

@@ -141,6 +141,14 @@ def test_a_model_that_is_used_has_all_its_weights(tiny_av, tmp_path):
         AVTrainer.evaluate(make_cfg(tiny_av, tmp_path))
 
 
+def test_a_baseline_without_weights_is_evaluated(tiny_av, tmp_path):
+    opts = ["DATASETS.TEST", f"('{tiny_av}_test',)", "MODEL.DEVICE", "cpu"]
+    opts += ["OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "0", "TEST.PLOTS", "False"]
+    cfg = load_cfg(str(CONFIGS / "synthetic_center_box.yaml"), opts)
+    stage_kind(cfg).check(eval_only=True)
+    assert AVTrainer.evaluate(cfg)["bbox_agnostic"]["AP50"] >= 0
+
+
 def test_a_finished_run_s_config_names_its_weights(tmp_path):
     cfg = load_cfg("", ["MODEL.WEIGHTS", "before/model_final.pth", "OUTPUT_DIR", str(tmp_path)])
     path, weights = tmp_path / "config.yaml", tmp_path / "model_final.pth"
