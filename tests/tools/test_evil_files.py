@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from evil_files import evil_file
 
+from detectron2.data import DatasetCatalog
+
+from avdet2.data.datasets.synthetic import register_synthetic
 from avdet2.engine import load_cfg
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +24,8 @@ def config(tiny_datasets, tmp_path_factory) -> str:
     """
     The config.yaml of a localizer.
     """
+    if "evil_av_test" not in DatasetCatalog.list():
+        register_synthetic(str(tiny_datasets / "synthetic_av"), prefix="evil_av")
     folder = tmp_path_factory.mktemp("run")
     clips = tiny_datasets / "synthetic_av" / "train.csv"
     opts = ["DATASETS.VIDEOS", str(clips), "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"]
@@ -36,11 +41,13 @@ def run(monkeypatch, tool: str, *words: str) -> None:
     A tool, as from the command line.
     """
     monkeypatch.setattr(sys, "argv", [tool, *words])
+    # The error itself, in place of the line that a user sees.
+    monkeypatch.setenv("AVDET2_TRACEBACK", "1")
     runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
 
 
 TOOLS = {
-    "train_net.py": ["--eval-only"],
+    "train_net.py": ["--eval-only", "DATASETS.TEST", "('evil_av_test',)"],
     "export_self_boxes.py": ["--output", "{folder}/out"],
     "build_object_dictionary.py": ["--output", "{folder}/out.pth"],
     "cache_heatmaps.py": ["--output", "{folder}/out", "--prepared", "{folder}"],
@@ -73,7 +80,7 @@ def test_weights_of_a_training(key, config, tmp_path, monkeypatch):
 def test_the_checkpoint_that_a_training_goes_on_from(config, tmp_path, monkeypatch):
     _, made = evil_file("evil.pkl", tmp_path)
     (tmp_path / "last_checkpoint").write_text("evil.pkl")
-    with pytest.raises(ValueError, match="evil.pkl .*not executed"):
+    with pytest.raises(ValueError, match="evil.pkl is damaged or missing"):
         words = ["--config-file", config, "--resume", "OUTPUT_DIR", str(tmp_path)]
         run(monkeypatch, "train_net.py", *words)
     assert not made.exists()
@@ -83,7 +90,7 @@ def test_the_localizer_of_a_detector(config, tmp_path, monkeypatch):
     weights, made = evil_file("evil.pth", tmp_path)
     opts = ["MODEL.SELF_BOX.LOCALIZER_CONFIG", config, "MODEL.SELF_BOX.LOCALIZER_WEIGHTS", weights]
     opts += ["DATASETS.VIDEOS", load_cfg(config).DATASETS.VIDEOS, "MODEL.WEIGHTS", ""]
-    opts += ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]
+    opts += ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "()"]
     with pytest.raises(ValueError, match="evil.pth .*not executed"):
         warmup = str(CONFIGS / "synthetic_warmup.yaml")
         run(monkeypatch, "train_net.py", "--config-file", warmup, *opts)

@@ -38,9 +38,13 @@ def log(tmp_path: Path):
     """
     The log file of a run that has been set up.
     """
+    logger = logging.getLogger("avdet2")
+    # Those of runs in other tests.
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    setup_logger.cache_clear()
     setup_logger(str(tmp_path), name="avdet2", abbrev_name="av")
     yield tmp_path / "log.txt"
-    logger = logging.getLogger("avdet2")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()

@@ -46,6 +46,8 @@ def read_coco(path: str) -> dict[str, Any]:
     images = {image["id"]: image for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
     for image in content["images"]:
+        if not isinstance(image["file_name"], str):
+            raise ValueError(f"{path}: image {image['id']!r} has no file_name: {_shown(image)}")
         if not (_is_number(image["width"]) and _is_number(image["height"])) or (
             min(image["width"], image["height"]) <= 0
         ):

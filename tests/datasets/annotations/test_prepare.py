@@ -331,4 +331,4 @@ def test_a_script_ends_with_one_line_for_errors_of_the_user_s(kind, monkeypatch)
     with pytest.raises(KeyError if kind is KeyError else SystemExit) as stop:
         run_prepare(prepare, script_parser("Owls."))
     # sys.exit() prints a text; the exit code is 1. Other errors are bugs and keep their trace.
-    assert kind is KeyError or stop.value.code == "prepare_owls.py: no owls"
+    assert kind is KeyError or stop.value.code.startswith("prepare_owls.py: error: no owls")
