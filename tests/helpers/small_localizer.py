@@ -5,6 +5,7 @@ A localizer that is small in everything, and samples for it.
 
 import torch
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -65,3 +66,20 @@ def train_step(model, batch) -> dict[str, torch.Tensor]:
         losses = model.train()(batch)
         sum(losses.values()).backward()
     return losses
+
+
+def trained_localizer(folder):
+    """
+    A localizer with random weights and statistics, as its training would leave it in a folder.
+    """
+    torch.manual_seed(0)
+    cfg = small_cfg()
+    model = build_model(cfg)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.5, 1.5)
+    # Labels of the training clips are no part of the weights.
+    model.labels = torch.tensor([1, 2])
+    (folder / "config.yaml").write_text(cfg.dump())
+    DetectionCheckpointer(model, str(folder)).save("model_final", iteration=3)
+    return model.eval()

@@ -2,10 +2,9 @@
 import pytest
 import torch
 from loading import load_and_report
-from small_localizer import pair_samples, small_cfg
+from small_localizer import pair_samples, small_cfg, trained_localizer
 from torch import nn
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from avdet2.self_boxes.teacher import heatmap_config, load_localizer
@@ -13,20 +12,7 @@ from avdet2.self_boxes.teacher import heatmap_config, load_localizer
 
 @pytest.fixture
 def trained(tmp_path):
-    """
-    A localizer with random weights and statistics, as its training would leave it.
-    """
-    torch.manual_seed(0)
-    cfg = small_cfg()
-    model = build_model(cfg)
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer.uniform_(0.5, 1.5)
-    # Labels of the training clips are no part of the weights.
-    model.labels = torch.tensor([1, 2])
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    DetectionCheckpointer(model, str(tmp_path)).save("model_final", iteration=3)
-    return model.eval()
+    return trained_localizer(tmp_path)
 
 
 def _paths(folder) -> tuple[str, str]:
