@@ -273,6 +273,8 @@ def test_own_videos_need_one_key(tiny_datasets, tmp_path):
     words = ["--config-file", str(CONFIGS / "own_videos_pipeline.yaml"), "OUTPUT_DIR", tmp_path]
     words += ["DATASETS.VIDEOS", tiny_datasets / "synthetic_av" / "test"]
     words += ["SOLVER.MAX_EPOCH", "0.0", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
+    # Six clips and no more.
+    words += ["MODEL.LOCALIZER.NUM_CLUSTERS", "4", "detector:MODEL.ROI_HEADS.NUM_CLASSES", "4"]
     run("run_pipeline.py", *map(str, words))
     # What is known of the videos is kept once, for all stages.
     assert len(list(tmp_path.glob("clip_index-*.arrow"))) == 1
@@ -282,5 +284,5 @@ def test_own_videos_need_one_key(tiny_datasets, tmp_path):
     assert results["localizer_joint (self-boxes)"]["training"].keys() == {"accuracy", "chance"}
     assert "| cluster | name |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "report" / "index.html").is_file()
-    # Eight clusters and the background.
-    assert checkpoint["model"]["roi_heads.box_predictor.cls_score.weight"].shape[0] == 9
+    # Four clusters and the background.
+    assert checkpoint["model"]["roi_heads.box_predictor.cls_score.weight"].shape[0] == 5
