@@ -129,6 +129,11 @@ def _add_localizer(cfg: CN) -> None:
     node.GATHER_GRADIENTS = True
     # Compile the encoders (torch.compile) for training: a minute or more at the start.
     node.COMPILE = False
+    # In inference, and so for self-boxes, a heatmap is the mean of those of the image in these sizes
+    # (1: FRAME_SIZE's), and with FLIP of its mirrored copies, on the grid of the largest.
+    node.TTA = CN()
+    node.TTA.SCALES = (1.0,)
+    node.TTA.FLIP = False
     # The localisation objective, of OBJECTIVE_REGISTRY: "nce" (eq. 1), or, for the comparisons of
     # Table 2, "bce" (Objects that Sound: matching pairs against others; rho is then the inverse of
     # a learned scale, beside a learned shift) or "triplet" (Senocak et al.; POOL must be
@@ -213,6 +218,10 @@ def _add_self_boxes(cfg: CN) -> None:
     node.BETA = (0.7, 0.9)
     # All components above the threshold, or only the largest (the paper).
     node.MULTI = False
+    # What fits a self-box to the picture: "" (nothing, the paper) or "grabcut", which sees the
+    # picture with its short side at REFINE_SIZE pixels at most.
+    node.REFINE = ""
+    node.REFINE_SIZE = 96
     # Class of a self-box: "none" (class-agnostic warm-up), "self" (eq. 6), or "video" (the label
     # in the clip list: weak supervision).
     node.LABELS = "self"

@@ -106,6 +106,10 @@ RULES: dict[str, Rule] = {
     _LOCALIZER + "RHO_INIT": above(0),
     _LOCALIZER + "MAX_SCALE": above(0),
     _LOCALIZER + "MARGIN": at_least(0),
+    _LOCALIZER + "TTA.SCALES": Rule(
+        lambda scales, _: len(scales) > 0 and all(0 < scale < math.inf for scale in scales),
+        "numbers above 0",
+    ),
     _SOUND + "TYPE": one_of(("logmel", "linear")),
     _SOUND + "N_FFT": at_least(1),
     _SOUND + "WIN_LENGTH": Rule(_fits_fft, "above 0, at most N_FFT"),
@@ -129,6 +133,8 @@ RULES: dict[str, Rule] = {
     "MODEL.SELF_BOX.BETA": Rule(
         lambda beta, _: len(beta) == 2 and 0 <= beta[0] <= beta[1] < 1, "a range within [0, 1)"
     ),
+    "MODEL.SELF_BOX.REFINE": one_of(("", "grabcut")),
+    "MODEL.SELF_BOX.REFINE_SIZE": at_least(16),
     "MODEL.SELF_BOX.LABELS": one_of(("none", "self", "video")),
     "MODEL.CENTER_BOX.SIZE_RANGE": a_range(0, 1),
     "MODEL.ROI_HEADS.NUM_CLASSES": at_least(1),

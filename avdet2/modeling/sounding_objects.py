@@ -11,6 +11,7 @@ from torch import nn
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 
+from avdet2.modeling.box_refinement import SelfBoxMaker
 from avdet2.modeling.object_dictionary import (
     class_heatmaps,
     heard_objects,
@@ -18,7 +19,6 @@ from avdet2.modeling.object_dictionary import (
     object_vectors,
 )
 from avdet2.modeling.objectives import Objective
-from avdet2.modeling.self_box import self_boxes
 
 
 class SoundingObject(nn.Module):
@@ -31,14 +31,13 @@ class SoundingObject(nn.Module):
 
     num_clusters = 0
 
-    def __init__(self, beta: tuple[float, float], multi: bool) -> None:
+    def __init__(self, maker: SelfBoxMaker) -> None:
         """
         Args:
-            beta: range of eq. 5's beta, of which the middle is used.
-            multi: all components of a heatmap in place of the largest.
+            maker: of the self-boxes.
         """
         super().__init__()
-        self.beta, self.multi = sum(beta) / 2, multi
+        self.maker = maker
 
     def check_training(self) -> None:
         """
@@ -59,6 +58,7 @@ class SoundingObject(nn.Module):
         visual: torch.Tensor,
         cluster: int,
         objective: Objective,
+        image: torch.Tensor,
         size: tuple[int, int],
     ) -> dict:
         """
@@ -67,22 +67,27 @@ class SoundingObject(nn.Module):
             visual: its embeddings, of shape (D, h, w).
             cluster: eq. 6's.
             objective: that the heatmap is of.
+            image: the frame, of shape (3, h, w), uint8.
             size: (height, width) of the frame in pixels.
 
         Returns:
             dict: "instances".
         """
-        instances = self._instances(heat[None], [cluster], size)
+        instances = self._instances(heat[None], [cluster], image, size)
         instances.scores = objective.confidence(instances.scores)
         return {"instances": instances}
 
     def _instances(
-        self, maps: torch.Tensor, clusters: Sequence[int], size: tuple[int, int]
+        self,
+        maps: torch.Tensor,
+        clusters: Sequence[int],
+        image: torch.Tensor,
+        size: tuple[int, int],
     ) -> Instances:
         """
         The self-boxes of heatmaps (n, h, w) that stand for n clusters; scores are the peaks.
         """
-        found = [self_boxes(heatmap, size, self.beta, self.multi) for heatmap in maps]
+        found = [self.maker(heatmap, image, size) for heatmap in maps]
         classes = [torch.full((len(x[0]),), cluster) for x, cluster in zip(found, clusters)]
         instances = Instances(size)
         instances.pred_boxes = Boxes(torch.cat([torch.zeros(0, 4), *(x[0] for x in found)]))
@@ -97,13 +102,13 @@ class KnownObjects(SoundingObject):
     entries are the clusters.
     """
 
-    def __init__(self, objects: torch.Tensor, beta: tuple[float, float], multi: bool) -> None:
+    def __init__(self, objects: torch.Tensor, maker: SelfBoxMaker) -> None:
         """
         Args:
             objects: the dictionary, of shape (O, D), unit length.
-            beta, multi: see :class:`SoundingObject`.
+            maker: of the self-boxes.
         """
-        super().__init__(beta, multi)
+        super().__init__(maker)
         self.register_buffer("objects", objects, persistent=False)
         self.num_clusters = len(objects)
 
@@ -122,6 +127,7 @@ class KnownObjects(SoundingObject):
         visual: torch.Tensor,
         cluster: int,
         objective: Objective,
+        image: torch.Tensor,
         size: tuple[int, int],
     ) -> dict:
         """
@@ -132,7 +138,7 @@ class KnownObjects(SoundingObject):
         heard = heat if objective.normalize else objective.confidence(heat)
         (maps,) = class_heatmaps(self.objects, visual[None], heard[None])
         found = heard_objects(maps)
-        instances = self._instances(maps[found], found.tolist(), size)
+        instances = self._instances(maps[found], found.tolist(), image, size)
         return {"instances": instances, "class_heatmaps": maps}
 
 
@@ -141,10 +147,15 @@ def build_sounding_objects(cfg: CfgNode) -> SoundingObject:
     What MODEL.SELF_BOX and MODEL.LOCALIZER.OBJECT_DICTIONARY say.
 
     Raises:
-        ValueError: the dictionary is missing, or of another localizer.
+        ValueError: the dictionary is missing, or of another localizer, or TTA is asked for.
     """
-    node, localizer = cfg.MODEL.SELF_BOX, cfg.MODEL.LOCALIZER
+    maker, localizer = SelfBoxMaker.from_config(cfg.MODEL.SELF_BOX), cfg.MODEL.LOCALIZER
     if not localizer.OBJECT_DICTIONARY:
-        return SoundingObject(node.BETA, node.MULTI)
+        return SoundingObject(maker)
+    if localizer.TTA.FLIP or tuple(localizer.TTA.SCALES) != (1.0,):
+        raise ValueError(
+            "a dictionary of objects looks into the cells of one heatmap: leave "
+            "MODEL.LOCALIZER.TTA as it is by default with MODEL.LOCALIZER.OBJECT_DICTIONARY"
+        )
     objects = load_dictionary(localizer.OBJECT_DICTIONARY, localizer.EMBED_DIM)
-    return KnownObjects(objects, node.BETA, node.MULTI)
+    return KnownObjects(objects, maker)

@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, Instances
 
 from avdet2.data.mappers.av_mapper import MAX_FAILURES_IN_A_ROW, limit_threads, to_image_tensor
 from avdet2.data.mappers.read_counts import ReadCounts
-from avdet2.modeling.self_box import self_boxes
+from avdet2.modeling.box_refinement import SelfBoxMaker
 from avdet2.self_boxes.heatmap_cache import HeatmapCache
 from avdet2.self_boxes.teacher import load_localizer
 from avdet2.self_boxes.window_maps import CachedMaps, LocalizerMaps, MapSource
@@ -37,8 +37,7 @@ class SelfBoxMapper:
         image_size: int,
         image_format: str,
         flip: bool,
-        beta: tuple[float, float],
-        multi: bool,
+        maker: SelfBoxMaker,
         labels: str,
         num_classes: int,
         heatmaps: str = "",
@@ -51,8 +50,7 @@ class SelfBoxMapper:
             image_size: side of the detector's square input.
             image_format: "RGB" or "BGR".
             flip: mirror half of the windows.
-            beta: range that eq. 5's beta is drawn from.
-            multi: all components of a heatmap in place of the largest.
+            maker: of the self-boxes; eq. 5's beta is drawn from its range.
             labels: "none" (class 0), "self" (eq. 6) or "video" (the clip's label).
             num_classes: of the detector.
             heatmaps: folder of the localizer's heatmaps of the prepared frames, or "".
@@ -65,8 +63,8 @@ class SelfBoxMapper:
                 f"MODEL.SELF_BOX.LABELS none gives all boxes one class, but "
                 f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: set it to 1"
             )
-        if not 0 <= beta[0] <= beta[1] < 1:
-            raise ValueError(f"MODEL.SELF_BOX.BETA must be a range within [0, 1), not {beta}")
+        if not 0 <= maker.beta[0] <= maker.beta[1] < 1:
+            raise ValueError(f"MODEL.SELF_BOX.BETA must be a range within [0, 1), not {maker.beta}")
         if heatmaps and not prepared:
             raise ValueError(
                 f"MODEL.SELF_BOX.HEATMAPS {heatmaps} holds heatmaps of prepared frames: set "
@@ -74,7 +72,7 @@ class SelfBoxMapper:
             )
         self.localizer_config, self.localizer_weights = localizer_config, localizer_weights
         self.prepared, self.image_size, self.image_format = prepared, image_size, image_format
-        self.flip, self.beta, self.multi = flip, tuple(beta), multi
+        self.flip, self.maker = flip, maker
         self.labels, self.num_classes = labels, num_classes
         # Made here, where all workers get it from.
         self.counts, self.empty_in_a_row = ReadCounts(max_left_out), 0
@@ -94,8 +92,7 @@ class SelfBoxMapper:
             "image_size": cfg.INPUT.MIN_SIZE_TRAIN[0],
             "image_format": cfg.INPUT.FORMAT,
             "flip": cfg.INPUT.RANDOM_FLIP == "horizontal",
-            "beta": node.BETA,
-            "multi": node.MULTI,
+            "maker": SelfBoxMaker.from_config(node),
             "labels": node.LABELS,
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "heatmaps": node.HEATMAPS,
@@ -117,7 +114,10 @@ class SelfBoxMapper:
         found = self.source.window_map(dataset_dict)
         if found is None:
             return None
-        boxes = self._self_boxes(found.heatmap)
+        image = to_image_tensor(
+            found.frame, found.window.transforms(self.image_size), self.image_format
+        )
+        boxes = self._self_boxes(found.heatmap, image)
         if not len(boxes):
             self._count_empty()
             return None
@@ -130,9 +130,7 @@ class SelfBoxMapper:
             **dataset_dict,
             "height": self.image_size,
             "width": self.image_size,
-            "image": to_image_tensor(
-                found.frame, found.window.transforms(self.image_size), self.image_format
-            ),
+            "image": image,
             "instances": instances,
         }
 
@@ -153,12 +151,12 @@ class SelfBoxMapper:
             )
         return source
 
-    def _self_boxes(self, heatmap: torch.Tensor) -> torch.Tensor:
+    def _self_boxes(self, heatmap: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """
         Boxes (n, 4) in pixels of the detector's image.
         """
-        side, beta = self.source.crop_size, np.random.uniform(*self.beta)
-        boxes, _ = self_boxes(heatmap, (side, side), beta, self.multi)
+        side, beta = self.source.crop_size, np.random.uniform(*self.maker.beta)
+        boxes, _ = self.maker(heatmap, image, (side, side), beta)
         return boxes * (self.image_size / side)
 
     def _count_empty(self) -> None:

@@ -11,7 +11,9 @@ from detectron2.utils.events import EventStorage
 
 from avdet2.config import add_avdet2_config
 from avdet2.engine import AVTrainer, load_cfg
+from avdet2.modeling.box_refinement import refined_self_boxes
 from avdet2.modeling.losses import Temperature, clustering_loss
+from avdet2.modeling.meta_arch.av_localizer import TestTimeAugmentation
 from avdet2.modeling.meta_arch.common import log_metrics
 from avdet2.modeling.objectives import NCELoss
 from avdet2.modeling.self_box import self_boxes
@@ -364,3 +366,50 @@ def test_maps_cover_images_whose_size_is_no_multiple_of_the_stride():
 def test_training_crops_are_left_as_they_are():
     images, _ = small_model().train().preprocess(pair_samples([(60, 60)]))
     assert images.shape == (1, 3, 60, 60)
+
+
+def _map(model, batch, scales=(1.0,), flip=False) -> torch.Tensor:
+    model.tta = TestTimeAugmentation(scales, flip)
+    with torch.no_grad():
+        return model.localize(batch)[0]
+
+
+def test_a_heatmap_of_several_sizes_is_their_mean():
+    model, batch = small_model().eval(), pair_samples(2 * ((64, 96),))
+    one, two = _map(model, batch), _map(model, batch, (2.0,))
+    assert one.shape == (2, 8, 12) and two.shape == (2, 16, 24)
+    enlarged = torch.nn.functional.interpolate(one[:, None], (16, 24), mode="bilinear")[:, 0]
+    torch.testing.assert_close(_map(model, batch, (1.0, 2.0)), (enlarged + two) / 2)
+
+
+def test_a_heatmap_with_flips_does_not_know_left_from_right():
+    model, batch = small_model().eval(), pair_samples(2 * ((64, 96),))
+    mirrored = [{**x, "image": x["image"].flip(-1)} for x in batch]
+    plain, other = _map(model, batch), _map(model, mirrored).flip(-1)
+    assert (plain - other).abs().max() > 1e-3
+    flipped = _map(model, batch, flip=True)
+    torch.testing.assert_close(flipped, (plain + other) / 2)
+    torch.testing.assert_close(_map(model, mirrored, flip=True).flip(-1), flipped)
+
+
+def test_test_time_augmentation_is_a_matter_of_keys():
+    cfg = small_cfg()
+    cfg.MODEL.LOCALIZER.TTA.SCALES, cfg.MODEL.LOCALIZER.TTA.FLIP = (1.0, 1.5), True
+    assert build_model(cfg).tta == TestTimeAugmentation((1.0, 1.5), True)
+    assert small_model().tta == TestTimeAugmentation()
+    cfg.MODEL.LOCALIZER.OBJECT_DICTIONARY = "objects.pth"
+    with pytest.raises(ValueError, match="leave MODEL.LOCALIZER.TTA"):
+        build_model(cfg)
+
+
+def test_boxes_may_be_refined_by_the_picture():
+    cfg, batch = small_cfg(), pair_samples([(64, 64)])
+    cfg.MODEL.SELF_BOX.REFINE = "grabcut"
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        (output,) = model(batch)
+    beta = sum(cfg.MODEL.SELF_BOX.BETA) / 2
+    boxes, scores = refined_self_boxes(output["heatmap"], batch[0]["image"], (64, 64), beta)
+    assert torch.equal(output["instances"].pred_boxes.tensor, boxes)
+    assert torch.equal(output["instances"].scores, (1 + scores) / 2)

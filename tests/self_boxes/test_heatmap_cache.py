@@ -29,6 +29,7 @@ from avdet2.data.media.video import MediaError
 from avdet2.data.prepared import writer as prepared_writer
 from avdet2.data.prepared.reader import PreparedClips, PrepareSettings
 from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
+from avdet2.modeling.box_refinement import SelfBoxMaker
 from avdet2.modeling.self_box import self_boxes
 from avdet2.self_boxes import heatmap_writer, window_maps
 from avdet2.self_boxes import mapper as self_box_mapper
@@ -184,8 +185,7 @@ def _mapper(folder: Path, cached: bool, **changes: Any) -> SelfBoxMapper:
         "image_size": 448,
         "image_format": "BGR",
         "flip": True,
-        "beta": (0.7, 0.9),
-        "multi": False,
+        "maker": SelfBoxMaker((0.7, 0.9)),
         "labels": "self",
         "num_classes": 3,
         "heatmaps": str(folder / "cache") if cached else "",
@@ -241,7 +241,13 @@ def test_windows_on_the_cells_give_equal_samples(folder, monkeypatch, loaded, la
 
     monkeypatch.setattr(window_maps, "random_window", aligned)
     classes = {"none": 1}.get(labels, 3)
-    samples = _both(folder, 60, labels=labels, num_classes=classes, multi=labels == "none")
+    samples = _both(
+        folder,
+        60,
+        labels=labels,
+        num_classes=classes,
+        maker=SelfBoxMaker((0.7, 0.9), labels == "none"),
+    )
     # Only the mapper without cache has loaded it.
     assert len(loaded) == 1 and loaded[0].calls > 40
     for expected, sample in samples:

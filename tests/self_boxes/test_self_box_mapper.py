@@ -10,6 +10,7 @@ from detectron2.config import get_cfg
 
 from avdet2.config import add_avdet2_config
 from avdet2.data.media.video import MediaError
+from avdet2.modeling.box_refinement import SelfBoxMaker
 from avdet2.self_boxes import mapper as self_box_mapper
 from avdet2.self_boxes import window_maps
 from avdet2.self_boxes.mapper import SelfBoxMapper
@@ -87,8 +88,7 @@ def _mapper(**changes) -> SelfBoxMapper:
         "image_size": 2 * CROP,
         "image_format": "RGB",
         "flip": True,
-        "beta": (0.7, 0.9),
-        "multi": False,
+        "maker": SelfBoxMaker((0.7, 0.9)),
         "labels": "none",
         "num_classes": 1,
     }
@@ -163,7 +163,7 @@ def test_several_components(world, monkeypatch):
     (largest,) = _mapper(flip=False)(_clip())["instances"].gt_boxes.tensor
     # 30 x 60 of the frame's pixels, of which 210 are 112 of the image.
     np.testing.assert_allclose(largest[2:] - largest[:2], [16, 32], atol=3)
-    instances = _mapper(flip=False, multi=True)(_clip())["instances"]
+    instances = _mapper(flip=False, maker=SelfBoxMaker((0.7, 0.9), True))(_clip())["instances"]
     assert len(instances) == 2
     assert instances.gt_classes.tolist() == [0, 0]
     boxes = instances.gt_boxes.tensor
@@ -174,23 +174,37 @@ def test_several_components(world, monkeypatch):
     np.testing.assert_allclose((boxes[1] - boxes[0])[:2], [32, -16], atol=3)
 
 
-def test_beta_is_drawn_from_its_range(world, monkeypatch):
-    betas, original = [], self_box_mapper.self_boxes
+def test_beta_is_drawn_from_its_range(world):
+    betas = []
 
-    def spy(heatmap, image_size, beta, multi):
-        betas.append(beta)
-        return original(heatmap, image_size, beta, multi)
+    class Spy(SelfBoxMaker):
+        def __call__(self, heatmap, image, image_size, beta=None):
+            betas.append(beta)
+            return super().__call__(heatmap, image, image_size, beta)
 
-    monkeypatch.setattr(self_box_mapper, "self_boxes", spy)
-    mapper = _mapper(beta=(0.7, 0.9))
+    mapper = _mapper(maker=Spy((0.7, 0.9)))
     for _ in range(100):
         mapper(_clip())
     assert 0.7 <= min(betas) < 0.71 and 0.89 < max(betas) <= 0.9
     betas.clear()
-    mapper = _mapper(beta=(0.8, 0.8))
+    mapper = _mapper(maker=Spy((0.8, 0.8)))
     for _ in range(3):
         mapper(_clip())
     assert betas == [0.8, 0.8, 0.8]
+
+
+def test_boxes_are_refined_by_what_the_detector_sees(world):
+    seen = []
+
+    class Spy(SelfBoxMaker):
+        def __call__(self, heatmap, image, image_size, beta=None):
+            seen.append(image)
+            return torch.tensor([[1.0, 2.0, 3.0, 5.0]]), torch.ones(1)
+
+    output = _mapper(maker=Spy((0.7, 0.9), refine="grabcut"))(_clip())
+    assert torch.equal(seen[0], output["image"])
+    # The detector's image has twice the side of the localizer's.
+    assert output["instances"].gt_boxes.tensor.tolist() == [[2.0, 4.0, 6.0, 10.0]]
 
 
 def test_labels(world):
@@ -279,7 +293,7 @@ def test_a_mapper_of_a_config():
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 39
     mapper = SelfBoxMapper(cfg)
     assert (mapper.image_size, mapper.image_format, mapper.flip) == (448, "RGB", True)
-    assert (mapper.beta, mapper.multi, mapper.labels) == ((0.7, 0.9), False, "self")
+    assert (mapper.maker, mapper.labels) == (SelfBoxMaker((0.7, 0.9)), "self")
     assert mapper.num_classes == 39
     cfg.INPUT.RANDOM_FLIP = "none"
     assert not SelfBoxMapper(cfg).flip
@@ -297,6 +311,6 @@ def test_wrong_settings_are_refused():
             _mapper(labels="none", num_classes=num_classes)
     for beta in ((0.9, 0.7), (-0.1, 0.5), (0.5, 1.0)):
         with pytest.raises(ValueError, match="BETA"):
-            _mapper(beta=beta)
+            _mapper(maker=SelfBoxMaker(beta))
     with pytest.raises(ValueError, match="HEATMAPS maps .* set DATASETS.PREPARED"):
         _mapper(heatmaps="maps")

@@ -27,6 +27,7 @@ from avdet2.config_file import load_cfg
 from avdet2.data.clips import load_av_clips
 from avdet2.data.prepared.reader import PreparedClips, PrepareSettings
 from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
+from avdet2.modeling.box_refinement import SelfBoxMaker
 from avdet2.self_boxes.heatmap_cache import Heatmaps
 from avdet2.self_boxes.mapper import SelfBoxMapper
 
@@ -104,8 +105,7 @@ def _mapper(world: SimpleNamespace, heatmaps: Any, weights: str = "") -> SelfBox
         image_size=96,
         image_format="BGR",
         flip=True,
-        beta=(0.7, 0.9),
-        multi=False,
+        maker=SelfBoxMaker((0.7, 0.9)),
         labels="self",
         num_classes=3,
         heatmaps=str(heatmaps) if heatmaps else "",

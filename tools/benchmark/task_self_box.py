@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from avdet2.modeling.box_refinement import SelfBoxMaker
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.modeling.self_box import self_boxes
 from avdet2.self_boxes.folding import fold_batch_norms
@@ -211,8 +212,7 @@ def _compare_mappers(
             image_size=DETECTOR_SIDE,
             image_format="RGB",
             flip=True,
-            beta=BETA,
-            multi=False,
+            maker=SelfBoxMaker(BETA),
             labels="self",
             num_classes=NUM_CLUSTERS,
             heatmaps=heatmaps_folder,

@@ -3,6 +3,7 @@
 The audio-visual localizer and clusterer: stages 1 and 2, and, frozen, what stage 3 learns from.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,22 @@ class PairFeatures(NamedTuple):
     logits_a: torch.Tensor | None
 
 
+class TestTimeAugmentation(NamedTuple):
+    """
+    Views of an image whose heatmaps are averaged.
+
+    Attributes:
+        scales: of the image's size; 1 is the size that it has.
+        flip: take the mirrored copies as well.
+    """
+
+    # Not a test, whatever pytest makes of the name.
+    __test__ = False
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+
 @META_ARCH_REGISTRY.register()
 class AVLocalizer(nn.Module):
     """
@@ -63,6 +80,7 @@ class AVLocalizer(nn.Module):
         heads: HeadSettings,
         sounding: SoundingObject,
         pixel_stats: tuple[Sequence[float], Sequence[float]],
+        tta: TestTimeAugmentation,
     ) -> None:
         """
         Args:
@@ -74,6 +92,7 @@ class AVLocalizer(nn.Module):
             heads: of all four.
             sounding: makes self-boxes of heatmaps, in inference.
             pixel_stats: mean and standard deviation per channel, of images in 0..255.
+            tta: views of an image whose heatmaps are averaged, in inference.
         """
         super().__init__()
         if not 0 <= objective_weight <= 1:
@@ -96,7 +115,7 @@ class AVLocalizer(nn.Module):
         if self.has_heads:
             self.cls_v = MLPHead(visual_dim, heads, heads.num_clusters)
             self.cls_a = MLPHead(audio_dim, heads, heads.num_clusters)
-        self.sounding = sounding
+        self.sounding, self.tta = sounding, tta
         # 0 without clusters.
         of_heads = heads.num_clusters if self.has_heads else 0
         self.num_clusters = sounding.num_clusters or of_heads
@@ -120,6 +139,7 @@ class AVLocalizer(nn.Module):
             "objective_weight": node.LAMBDA,
             "heads": HeadSettings.from_config(node),
             "sounding": build_sounding_objects(cfg),
+            "tta": TestTimeAugmentation(tuple(node.TTA.SCALES), node.TTA.FLIP),
             "pixel_stats": (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD),
         }
 
@@ -239,13 +259,39 @@ class AVLocalizer(nn.Module):
         Returns:
             tuple: heatmaps (N, h, w) as the objective makes them, and the features.
         """
-        features = self.extract(*self.preprocess(batched_inputs))
+        images, spectrograms = self.preprocess(batched_inputs)
+        features = self.extract(images, spectrograms)
         with torch.autocast(self.device.type, enabled=False):
             maps = self.objective.heatmaps(features.visual, features.audio)
+        if self.tta != TestTimeAugmentation():
+            maps = self._mean_heatmaps(images, features.audio, maps.shape[1:])
+        with torch.autocast(self.device.type, enabled=False):
             logits = self.sounding.logits(features.visual, maps)
         if logits is not None:
             features = features._replace(logits_v=logits, logits_a=torch.zeros_like(logits))
         return maps, features
+
+    def _mean_heatmaps(
+        self, images: torch.Tensor, audio: torch.Tensor, cells: Sequence[int]
+    ) -> torch.Tensor:
+        """
+        Heatmaps (N, h, w), float32: means over the views of preprocessed images (N, 3, H, W), whose
+        own heatmaps have (h, w) ``cells``, on the grid of the largest view.
+        """
+        scales, total = self.tta.scales, 0.0
+        grid = [max(1, round(side * max(scales))) for side in cells]
+        mirrored = (False, True) if self.tta.flip else (False,)
+        for scale, mirror in itertools.product(scales, mirrored):
+            size = [max(1, round(side * scale)) * self.visual_stride for side in cells]
+            view = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+            view = view.flip(-1) if mirror else view
+            view = view.contiguous(memory_format=torch.channels_last)
+            visual = self.loc_v(self.visual_encoder(view)[self.visual_feature]).float()
+            with torch.autocast(self.device.type, enabled=False):
+                maps = self.objective.heatmaps(*self.objective.embed(visual, audio))[:, None]
+                maps = maps.flip(-1) if mirror else maps
+                total = total + F.interpolate(maps, grid, mode="bilinear", align_corners=False)
+        return total[:, 0] / (len(scales) * len(mirrored))
 
     def inference(self, batched_inputs: Batch) -> list[dict]:
         """
@@ -264,7 +310,12 @@ class AVLocalizer(nn.Module):
             size = inputs.get("height", height), inputs.get("width", width)
             with torch.autocast(self.device.type, enabled=False):
                 found = self.sounding(
-                    maps[i], features.visual[i], clusters[i], self.objective, size
+                    maps[i],
+                    features.visual[i],
+                    clusters[i],
+                    self.objective,
+                    inputs["image"],
+                    size,
                 )
             logits = {"logits_v": logits_v[i], "logits_a": logits_a[i]}
             outputs.append({"heatmap": maps[i], **logits, "embed_a": features.audio[i], **found})
