@@ -1,6 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 #
-# Sourced by demo.sh and test.sh: makes the environment they run in and names its Python in $PYTHON.
+# Makes the environment that everything runs in. Sourced by demo.sh and test.sh, it names its Python
+# in $PYTHON; run by itself, it does no more.
 # What was done before is skipped. Outside the checkout nothing is written but pip's own cache.
 # Every package is of the version, and has the hash, that requirements/lock-py*.txt says.
 #
@@ -8,6 +9,7 @@
 #   AVDET2_PYTHON=PATH       uses the environment of this Python, which has PyTorch and Detectron2
 #                            already, in place of .venv, and installs only avdet2 there; where
 #                            other packages are missing, it says how to install them, and stops
+set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"

@@ -8,7 +8,7 @@ from avdet2.report.run_folder import FinishedStage, RunFolder
 
 __all__ = ["ENOUGH_CLIPS", "advice"]
 
-# Training clips of the synthetic benchmark (README.md, "Measured"): no fewer are known to do.
+# Training clips of the synthetic benchmark (docs/MEASURED.md): no fewer are known to do.
 ENOUGH_CLIPS = 1600
 # Of all clusters; with more of them doubtful, another number may be better.
 DOUBTFUL_SHARE = 0.5
