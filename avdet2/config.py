@@ -46,6 +46,9 @@ def _add_data(cfg: CN) -> None:
     # localizer), SelfBoxMapper (an image with self-boxes, for the detector) or FrameMapper (frames
     # of a clip, for SimCLR).
     cfg.INPUT.MAPPER = "DatasetMapper"
+    # Brightness, contrast and saturation of the images that a localizer (AVMapper) or a self-box
+    # detector is trained on are multiplied by random factors from 1 - JITTER to 1 + JITTER.
+    cfg.INPUT.JITTER = 0.0
     cfg.INPUT.AV = CN()
     # The short side of a frame is resized to FRAME_SIZE, then a square of CROP_SIZE is cut out
     # (Sec. 4.3). Tests see the whole frame with its short side at FRAME_SIZE.
@@ -181,6 +184,10 @@ def _add_spectrogram(cfg: CN) -> None:
     node.SPECTROGRAM.LOG_EPS = 1e-6
     node.SPECTROGRAM.MEAN = -6.5
     node.SPECTROGRAM.STD = 4.8
+    # SpecAugment, in training: a band of at most FREQ_MASK of the rows, and one of at most TIME_MASK
+    # of the columns, are set to the mean. 0: none.
+    node.SPECTROGRAM.FREQ_MASK = 0.0
+    node.SPECTROGRAM.TIME_MASK = 0.0
 
 
 def _add_self_labels(cfg: CN) -> None:

@@ -5,7 +5,7 @@ Waveforms to log spectrograms, in batches on the model's device.
 
 import torch
 from torch import nn
-from torchaudio.functional import melscale_fbanks
+from torchaudio.functional import mask_along_axis_iid, melscale_fbanks
 
 from detectron2.config import configurable
 
@@ -34,6 +34,7 @@ class LogSpectrogram(nn.Module):
         log_eps: float,
         mean: float,
         std: float,
+        masks: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         """
         Args:
@@ -43,12 +44,14 @@ class LogSpectrogram(nn.Module):
             n_mels, f_min, f_max: the mel filters and their range in Hz.
             log_eps: added to the power before the logarithm.
             mean, std: the log spectrogram is normalised to (x - mean) / std.
+            masks: the largest shares of rows and of columns that SpecAugment (Park et al., 2019)
+                sets to zero, the mean, in training mode.
         """
         super().__init__()
         if kind not in ("logmel", "linear"):
             raise ValueError(f"SPECTROGRAM.TYPE must be logmel or linear, not {kind!r}")
         self.n_fft, self.win_length, self.hop_length = n_fft, win_length, hop_length
-        self.log_eps, self.mean, self.std = log_eps, mean, std
+        self.log_eps, self.mean, self.std, self.masks = log_eps, mean, std, masks
         self.register_buffer("window", torch.hann_window(win_length), persistent=False)
         filters = None
         if kind == "logmel":
@@ -72,6 +75,7 @@ class LogSpectrogram(nn.Module):
             "log_eps": node.LOG_EPS,
             "mean": node.MEAN,
             "std": node.STD,
+            "masks": (node.FREQ_MASK, node.TIME_MASK),
         }
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
@@ -102,4 +106,10 @@ class LogSpectrogram(nn.Module):
             if self.filters is not None:
                 power = self.filters @ power
             log_power = torch.log(power + self.log_eps)
-        return ((log_power - self.mean) / self.std)[:, None]
+        spectrograms = ((log_power - self.mean) / self.std)[:, None]
+        if self.training:
+            for axis, share in zip((2, 3), self.masks):
+                if share:
+                    most = round(share * spectrograms.shape[axis])
+                    spectrograms = mask_along_axis_iid(spectrograms, most, 0.0, axis)
+        return spectrograms

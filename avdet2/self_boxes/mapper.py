@@ -42,6 +42,7 @@ class SelfBoxMapper:
         num_classes: int,
         heatmaps: str = "",
         max_left_out: float = 1.0,
+        jitter: float = 0.0,
     ) -> None:
         """
         Args:
@@ -55,6 +56,7 @@ class SelfBoxMapper:
             num_classes: of the detector.
             heatmaps: folder of the localizer's heatmaps of the prepared frames, or "".
             max_left_out: the largest share of samples that may not be readable.
+            jitter: of the images' colours, see :func:`to_image_tensor`; boxes are made before it.
         """
         if labels not in ("none", "self", "video"):
             raise ValueError(f"MODEL.SELF_BOX.LABELS must be none, self or video, not {labels!r}")
@@ -72,6 +74,7 @@ class SelfBoxMapper:
             )
         self.localizer_config, self.localizer_weights = localizer_config, localizer_weights
         self.prepared, self.image_size, self.image_format = prepared, image_size, image_format
+        self.jitter = jitter
         self.flip, self.maker = flip, maker
         self.labels, self.num_classes = labels, num_classes
         # Made here, where all workers get it from.
@@ -97,6 +100,7 @@ class SelfBoxMapper:
             "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "heatmaps": node.HEATMAPS,
             "max_left_out": cfg.DATASETS.MAX_LEFT_OUT,
+            "jitter": cfg.INPUT.JITTER,
         }
 
     def __call__(self, dataset_dict: dict) -> dict | None:
@@ -114,14 +118,15 @@ class SelfBoxMapper:
         found = self.source.window_map(dataset_dict)
         if found is None:
             return None
-        image = to_image_tensor(
-            found.frame, found.window.transforms(self.image_size), self.image_format
-        )
+        transforms = found.window.transforms(self.image_size)
+        image = to_image_tensor(found.frame, transforms, self.image_format)
         boxes = self._self_boxes(found.heatmap, image)
         if not len(boxes):
             self._count_empty()
             return None
         self.empty_in_a_row = 0
+        if self.jitter:
+            image = to_image_tensor(found.frame, transforms, self.image_format, self.jitter)
         instances = Instances((self.image_size, self.image_size))
         instances.gt_boxes = Boxes(boxes)
         label = self._label(dataset_dict, found.cluster)

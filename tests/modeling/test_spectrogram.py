@@ -146,3 +146,20 @@ def test_an_unknown_type_is_refused():
 
 def test_nothing_of_it_is_in_a_checkpoint():
     assert not _spectrogram().state_dict()
+
+
+def test_spec_augment_masks_bands_in_training_only(sound):
+    torch.manual_seed(0)
+    waveforms = torch.from_numpy(np.stack([sound] * 64))
+    module = _spectrogram(FREQ_MASK=0.25, TIME_MASK=0.5)
+    plain = module.eval()(waveforms)
+    torch.testing.assert_close(plain, _spectrogram().train()(waveforms))
+    masked = module.train()(waveforms)
+    changed = masked != plain
+    assert (masked[changed] == 0).all()
+    rows, columns = changed.all(dim=3)[:, 0], changed.all(dim=2)[:, 0]
+    for bands, most in ((rows, 0.25), (columns, 0.5)):
+        shares = bands.float().mean(dim=1)
+        assert shares.max() <= most and shares.max() > 0.7 * most and shares.min() < 0.2 * most
+    # Nothing else has changed.
+    assert torch.equal(changed[:, 0], rows[:, :, None] | columns[:, None])

@@ -207,6 +207,16 @@ def test_boxes_are_refined_by_what_the_detector_sees(world):
     assert output["instances"].gt_boxes.tensor.tolist() == [[2.0, 4.0, 6.0, 10.0]]
 
 
+def test_jitter_changes_colours_and_no_box(world):
+    state = np.random.get_state()
+    plain = _mapper()(_clip())
+    np.random.set_state(state)
+    jittered = _mapper(jitter=0.5)(_clip())
+    boxes = [output["instances"].gt_boxes.tensor for output in (plain, jittered)]
+    assert torch.equal(*boxes)
+    assert not torch.equal(plain["image"], jittered["image"])
+
+
 def test_labels(world):
     assert _mapper(labels="none")(_clip())["instances"].gt_classes.tolist() == [0]
     mapper = _mapper(labels="self", num_classes=3)

@@ -28,12 +28,21 @@ MAX_FAILURES_IN_A_ROW = 100
 
 
 def to_image_tensor(
-    frame: np.ndarray, transform: T.Transform | T.TransformList, image_format: str
+    frame: np.ndarray,
+    transform: T.Transform | T.TransformList,
+    image_format: str,
+    jitter: float = 0.0,
 ) -> torch.Tensor:
     """
     A frame (H, W, 3) RGB, transformed, as a contiguous (3, h, w) tensor in "RGB" or "BGR".
+
+    With ``jitter`` s its brightness, contrast and saturation are multiplied by random factors from
+    1 - s to 1 + s.
     """
     image = transform.apply_image(frame)
+    if jitter:
+        for kind in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation):
+            image = kind(1 - jitter, 1 + jitter).get_transform(image).apply_image(image)
     if image_format == "BGR":
         image = image[:, :, ::-1]
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -138,6 +147,7 @@ class AVMapper:
         audio_seconds: float,
         sample_rate: int,
         image_format: str,
+        jitter: float = 0.0,
     ) -> None:
         """
         Args:
@@ -148,6 +158,7 @@ class AVMapper:
             flip: mirror random crops in half of the cases.
             audio_seconds, sample_rate: of the sound.
             image_format: "RGB" or "BGR".
+            jitter: of random crops' colours, see :func:`to_image_tensor`.
         """
         if crop not in ("random", "center", "full"):
             raise ValueError(f"crop must be random, center or full, not {crop!r}")
@@ -156,7 +167,7 @@ class AVMapper:
         self.crop, self.sampler = crop, sampler
         self.frame_size, self.crop_size, self.flip = frame_size, crop_size, flip
         self.audio_seconds, self.sample_rate = audio_seconds, sample_rate
-        self.image_format = image_format
+        self.image_format, self.jitter = image_format, jitter if crop == "random" else 0.0
 
     @classmethod
     def from_config(cls, cfg, crop: str = "random"):
@@ -176,6 +187,7 @@ class AVMapper:
             "audio_seconds": node.AUDIO_SECONDS,
             "sample_rate": node.SAMPLE_RATE,
             "image_format": cfg.INPUT.FORMAT,
+            "jitter": cfg.INPUT.JITTER,
         }
 
     def __call__(self, dataset_dict: dict) -> dict | None:
@@ -199,7 +211,8 @@ class AVMapper:
         """
         What :meth:`__call__` returns, of what :meth:`read` gave.
         """
-        image = to_image_tensor(frame, self._transforms(*frame.shape[:2]), self.image_format)
+        transforms = self._transforms(*frame.shape[:2])
+        image = to_image_tensor(frame, transforms, self.image_format, self.jitter)
         output = {key: value for key, value in dataset_dict.items() if key != "annotations"}
         # What boxes in the image refer to: the frame as it was read (a prepared one is smaller than
         # the video's), or the crop.

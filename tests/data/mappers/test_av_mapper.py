@@ -300,3 +300,26 @@ def test_wrong_settings_are_refused():
         _mapper("corner")
     with pytest.raises(ValueError, match="CROP_SIZE 80"):
         _mapper(crop_size=80)
+
+
+def test_jitter_changes_the_colours_of_random_crops_only(monkeypatch):
+    # Contrast and saturation leave a grey picture as it is; its brightness is that of the factor.
+    grey = np.full((120, 200, 3), 100, np.uint8)
+    sound = np.zeros(SAMPLE_RATE, np.float32)
+    monkeypatch.setattr(FakeReader, "read", lambda *_: (grey, sound))
+    np.random.seed(0)
+    mapper = _mapper(jitter=0.4)
+    values = [mapper(_clip())["image"].float() for _ in range(200)]
+    assert all(image.std() < 1 for image in values)
+    means = [image.mean().item() for image in values]
+    assert 58 <= min(means) < 65 and 135 < max(means) <= 140
+    for crop in ("center", "full"):
+        assert (_mapper(crop, jitter=0.4)(_clip())["image"] == 100).all()
+
+
+def test_jitter_keeps_the_crop():
+    np.random.seed(0)
+    image = _mapper(jitter=0.3, flip=False)(_clip())["image"].float()
+    # The reader's green is the row: it still grows downwards.
+    assert (image[1].mean(dim=1).diff() >= 0).all()
+    assert image[1].mean(dim=1).diff().sum() > 20
