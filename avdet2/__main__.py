@@ -24,7 +24,7 @@ def commands() -> dict[str, Path]:
     Names of the subcommands, with their scripts.
     """
     # avdet2 cannot be imported before Detectron2 is there.
-    files = sorted(set(TOOLS.glob("*.py")) - {TOOLS / "install_detectron2.py"})
+    files = sorted(set(TOOLS.glob("[!_]*.py")) - {TOOLS / "install_detectron2.py"})
     return {SHORT.get(file.stem, file.stem.replace("_", "-")): file for file in files}
 
 
@@ -77,6 +77,8 @@ def main() -> None:
     """
     command = make_parser().parse_args(sys.argv[1:2]).command
     tool = str(commands()[command])
+    # As Python itself does for a script.
+    sys.path.insert(0, str(TOOLS))
     sys.argv = [tool, *with_known_configs(sys.argv[2:])]
     runpy.run_path(tool, run_name="__main__")
 

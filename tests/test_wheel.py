@@ -86,8 +86,10 @@ def test_own_videos_outside_the_checkout(installed, tiny_datasets, tmp_path):
     words = ["--config-file", "configs/quick_schedules/own_videos_pipeline.yaml"]
     words += ["DATASETS.VIDEOS", tiny_datasets / "synthetic_av" / "test", "OUTPUT_DIR", "run"]
     words += ["SOLVER.MAX_EPOCH", "0.0", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
+    # There are six clips.
+    words += ["MODEL.LOCALIZER.NUM_CLUSTERS", "3"]
     run(installed / "avdet2", "pipeline", *words, cwd=tmp_path)
     checkpoint = torch.load(tmp_path / "run/detector/model_final.pth", weights_only=True)
-    assert checkpoint["model"]["roi_heads.box_predictor.cls_score.weight"].shape[0] == 9
+    assert checkpoint["model"]["roi_heads.box_predictor.cls_score.weight"].shape[0] == 4
     run(installed / "avdet2", "visualize-results", "--run", "run", "--count", "2", cwd=tmp_path)
     assert (tmp_path / "run" / "pictures" / "detections.png").is_file()

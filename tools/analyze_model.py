@@ -14,8 +14,12 @@ with its sum, as fvcore counts; what it does not know (sums, sorting, NMS) is le
 
 import argparse
 import logging
-import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(files=["--config-file"])
 
 import torch
 from fvcore.nn import (
@@ -32,6 +36,7 @@ from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 
 from avdet2 import load_cfg, model_zoo
+from avdet2.utils.tool import run_tool
 
 # Without a network, or not run without weights.
 NOT_COUNTED = {"CenterBox", "ClassAgnosticRPN", "FullFrame", "SelectiveSearch"}
@@ -127,8 +132,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, with --config-file"
     )
-    args = parser.parse_args()
-    try:
-        main(args)
-    except ValueError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+    run_tool(main, parser.parse_args())

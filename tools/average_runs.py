@@ -10,15 +10,29 @@ import argparse
 import json
 from pathlib import Path
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(folders=[""])
+
 from avdet2.evaluation.table import results_table
+from avdet2.utils.tool import run_tool
+
+
+def main(args: argparse.Namespace) -> None:
+    """
+    Read, and print.
+    """
+    files = [run / "results.json" for run in args.runs]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"not there, is the pipeline finished? {', '.join(missing)}")
+    print(results_table(*(json.loads(file.read_text()) for file in files)))
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="OUTPUT_DIRs of run_pipeline.py")
-    files = [run / "results.json" for run in parser.parse_args().runs]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        parser.error(f"not there, is the pipeline finished? {', '.join(missing)}")
-    print(results_table(*(json.loads(file.read_text()) for file in files)))
+    run_tool(main, parser.parse_args())

@@ -15,6 +15,11 @@ The clips are DATASETS.TRAIN's, or those of DATASETS.VIDEOS (a folder or a clip 
 import argparse
 import os
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(files=["--config-file"])
+
 import torch
 from tqdm import tqdm
 

@@ -13,6 +13,11 @@ DATASETS.PREPARED prepared. With --num-gpus (also on CPUs) several processes sha
 
 import argparse
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(files=["--config-file"], folders=["--prepared"])
+
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager

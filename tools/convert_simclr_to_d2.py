@@ -26,6 +26,11 @@ import argparse
 import logging
 import shlex
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(paths=[""])
+
 from avdet2.checkpoint import (
     SOURCES,
     ResNetWeights,

@@ -70,7 +70,10 @@ def main():
         for name, kind in types.items()
         if kind.is_floating and not name.endswith(SLOTS) and ".OPTIMIZER_SLOT" not in name
     )
-    np.savez(args.output, **{name: reader.get_tensor(name) for name in names})
+    try:
+        np.savez(args.output, **{name: reader.get_tensor(name) for name in names})
+    except OSError as error:
+        sys.exit(f"error: {error}")
     print(f"{args.output}: {len(names)} of {len(types)} variables of {prefix}")
 
 

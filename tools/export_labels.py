@@ -13,9 +13,14 @@ clusters are kept, are those of RUN/clusters.json. Paths in the files are relati
 
 import argparse
 import shutil
-import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(folders=["--run"])
 
 import cv2
 import numpy as np
@@ -33,12 +38,11 @@ from avdet2.engine import use_own_videos
 from avdet2.engine.cluster_naming import names_of_stage
 from avdet2.predict.coco import FoundObjects
 from avdet2.predict.labels import ANNOTATIONS, FORMATS, IMAGES
-from avdet2.predict.predictor import read_picture
+from avdet2.predict.predictor import PICTURES, read_picture
 from avdet2.report.run_folder import RunFolder
 from avdet2.self_boxes.export import export_self_boxes, frame_name
 from avdet2.self_boxes.teacher import build_localizer
-
-PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from avdet2.utils.tool import run_tool
 
 
 def use_clips(cfg: CfgNode, source: str, output: Path) -> None:
@@ -147,9 +151,9 @@ def main(args: argparse.Namespace) -> None:
     Find, write, and say where it is.
     """
     output = Path(args.output or Path(args.run) / "labels")
-    if args.format in ("yolo", "voc"):
-        # Known before the work rather than after it.
-        import globox  # noqa: F401
+    # Known before the work rather than after it.
+    if args.format in ("yolo", "voc") and find_spec("globox") is None:
+        raise ValueError("YOLO and VOC need globox: pip install 'avdet2[export]'")
     (output / IMAGES).mkdir(parents=True, exist_ok=True)
     found = from_detector if args.source == "detector" else from_self_boxes
     count = found(args, output)
@@ -177,9 +181,4 @@ if __name__ == "__main__":
         help="the least score (default: 0.5 of the detector, all self-boxes)",
     )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
-    try:
-        main(parser.parse_args())
-    except ImportError as error:
-        sys.exit(f"{parser.prog}: error: {error}; pip install 'avdet2[export]'")
-    except ValueError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+    run_tool(main, parser.parse_args())

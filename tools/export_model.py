@@ -13,8 +13,13 @@ onnxruntime, safetensors its own: pip install avdet2[export].
 """
 
 import argparse
-import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(files=["--sample-image"], folders=["--run"])
 
 import numpy as np
 
@@ -27,8 +32,10 @@ from avdet2.predict.exported_model import (
     write_description,
 )
 from avdet2.predict.predictor import read_picture
+from avdet2.utils.tool import run_tool
 
 FILES = {"torchscript": "model.ts", "onnx": "model.onnx", "safetensors": "model.safetensors"}
+PACKAGES = {"torchscript": (), "onnx": ("onnx", "onnxruntime"), "safetensors": ("safetensors",)}
 # Of made-up pictures, (height, width).
 SIZES = ((240, 320), (320, 240), (256, 256), (200, 360))
 
@@ -37,6 +44,9 @@ def main(args: argparse.Namespace) -> None:
     """
     Write, and compare.
     """
+    missing = [x for name in args.format for x in PACKAGES[name] if find_spec(x) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} is not installed: pip install 'avdet2[export]'")
     if args.sample_image:
         pictures = list(map(read_picture, args.sample_image))
     else:
@@ -72,7 +82,4 @@ if __name__ == "__main__":
     parser.add_argument("--output", help="folder (default: RUN/exported)")
     parser.add_argument("--sample-image", nargs="+", help="pictures to compare on (default: noise)")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
-    try:
-        main(parser.parse_args())
-    except (ImportError, ValueError) as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+    run_tool(main, parser.parse_args())

@@ -14,6 +14,11 @@ loads with register_coco_instances("name", {}, "self_boxes/annotations.json", "s
 import argparse
 import os
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(files=["--config-file"])
+
 from detectron2.engine import default_argument_parser
 
 from avdet2.data.clips import training_clips

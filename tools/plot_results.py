@@ -15,6 +15,11 @@ import argparse
 import os
 from pathlib import Path
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(folders=[""])
+
 from avdet2.evaluation.plots import draw_results, read_run
 from avdet2.utils.tool import run_tool
 

@@ -22,9 +22,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
+if __name__ == "__main__":
+    from _check_paths import check_paths
 
-PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    check_paths(files=["--config-file", "--video-input"], folders=["--run"], paths=["--input"])
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from detectron2.structures import Instances
+
+from avdet2 import Predictor, load_cfg
+from avdet2.data.media.video import probe
+from avdet2.data.media.video_writer import VideoWriter
+from avdet2.predict.ahead import ahead
+from avdet2.predict.coco import FoundObjects
+from avdet2.predict.predictor import PICTURES, read_picture
+from avdet2.predict.tracking import track as tracked
+from avdet2.utils.files import write_whole
+from avdet2.utils.tool import run_tool
+
 VIDEOS = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
 
 
@@ -61,10 +79,10 @@ class Tally:
     How often what was found, and the best of what did not score enough.
     """
 
-    def __init__(self, predict) -> None:
+    def __init__(self, predict: Predictor) -> None:
         self.predict, self.names, self.nothing, self._best = predict, Counter(), "", -1.0
 
-    def shown(self, instances):
+    def shown(self, instances: Instances) -> Instances:
         """
         The instances that score enough, counted.
         """
@@ -93,14 +111,10 @@ def target_of(source: str, output: Path, taken: set[Path], ending: str = "") -> 
     return target
 
 
-def on_pictures(predict, files: list[str], output: Path, found) -> None:
+def on_pictures(predict: Predictor, files: list[str], output: Path, found: FoundObjects) -> None:
     """
     Pictures one by one, each read while the network sees the one before.
     """
-    import cv2
-
-    from avdet2.predict.ahead import ahead
-    from avdet2.predict.predictor import read_picture
 
     def read() -> Iterator[tuple[str, np.ndarray | ValueError]]:
         for file in files:
@@ -130,29 +144,22 @@ def on_pictures(predict, files: list[str], output: Path, found) -> None:
     print(f"in {len(files) - left_out} pictures: {total}")
 
 
-def on_frames(predict, frames: Iterable, fps: float, track: bool) -> tuple[Tally, Iterator]:
+def on_frames(
+    predict: Predictor, frames: Iterable, fps: float, track: bool
+) -> tuple[Tally, Iterator]:
     """
     Frames with what scores enough, tracked where asked for.
     """
-    from avdet2.predict.ahead import ahead
-    from avdet2.predict.tracking import track as tracked
-
     tally = Tally(predict)
     shown = (frame._replace(instances=tally.shown(frame.instances)) for frame in frames)
     # The network runs in a thread of its own, while frames are drawn and written.
     return tally, ahead(tracked(shown, fps, predict.score) if track else shown)
 
 
-def on_video(predict, file: str, output: Path, found, track: bool) -> None:
+def on_video(predict: Predictor, file: str, output: Path, found: FoundObjects, track: bool) -> None:
     """
     A video, with its sound.
     """
-    from tqdm import tqdm
-
-    from avdet2.data.media.video import probe
-    from avdet2.data.media.video_writer import VideoWriter
-    from avdet2.utils.files import write_whole
-
     info = probe(file)
     is_file = output.suffix.lower() in VIDEOS
     target = output if is_file else target_of(file, output, set(), ".mp4")
@@ -167,13 +174,10 @@ def on_video(predict, file: str, output: Path, found, track: bool) -> None:
     print(f"{file}: {tally} -> {target}")
 
 
-def on_webcam(predict, output: Path | None, track: bool) -> None:
+def on_webcam(predict: Predictor, output: Path | None, track: bool) -> None:
     """
     What a webcam sees, in a window until Esc is pressed, or in a video until Ctrl-C.
     """
-    import cv2
-
-    from avdet2.data.media.video_writer import VideoWriter
 
     def seen() -> Iterator[tuple[float, np.ndarray]]:
         camera, start = cv2.VideoCapture(0), time.monotonic()
@@ -209,12 +213,10 @@ def on_webcam(predict, output: Path | None, track: bool) -> None:
     print(f"in {number} frames: {tally}" + (f" -> {output}" if output else ""))
 
 
-def load_predictor(args: argparse.Namespace):
+def load_predictor(args: argparse.Namespace) -> Predictor:
     """
     The detector of --run, or that of --config-file.
     """
-    from avdet2 import Predictor, load_cfg
-
     if args.run:
         return Predictor(args.run, args.confidence_threshold, args.opts)
     return Predictor(load_cfg(args.config_file, args.opts), args.confidence_threshold)
@@ -234,8 +236,6 @@ def main(args: argparse.Namespace) -> None:
     if args.webcam:
         target = output if is_file else output / "webcam.mp4"
         return on_webcam(predict, target if args.output else None, args.track)
-    from avdet2.predict.coco import FoundObjects
-
     folder.mkdir(parents=True, exist_ok=True)
     found = FoundObjects(predict.clusters)
     if files:
@@ -277,8 +277,4 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    arguments = parse(sys.argv[1:])
-    try:
-        main(arguments)
-    except ValueError as error:
-        sys.exit(f"predict.py: {error}")
+    run_tool(main, parse(sys.argv[1:]))

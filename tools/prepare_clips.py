@@ -16,6 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(files=["--clips"], folders=["--folder", "--root"])
+
 import cv2
 from tqdm import tqdm
 

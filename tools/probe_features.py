@@ -22,6 +22,11 @@ import json
 import logging
 import os
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(files=["--config-file"], paths=["--test-clips"])
+
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -13,6 +13,11 @@ put there. The folder RUN/report opens from disk, and can be copied as it is.
 
 import argparse
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(folders=["--run"])
+
 from detectron2.utils.logger import setup_logger
 
 from avdet2.report.page import CLIPS, write_report

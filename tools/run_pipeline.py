@@ -46,6 +46,11 @@ from datetime import timedelta
 from types import FrameType
 from typing import IO
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(files=["--config-file"])
+
 from detectron2.engine import default_argument_parser
 from detectron2.utils.logger import setup_logger
 

@@ -30,6 +30,11 @@ behind an iteration, with a checkpoint and the command that goes on.
 import argparse
 import os
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(files=["--config-file"])
+
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm

@@ -14,10 +14,14 @@ clusters (or the objects of an annotated set).
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
+
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(files=["--config-file"])
 
 import jinja2
 import matplotlib.pyplot as plt
@@ -32,6 +36,7 @@ from avdet2.engine import AVTrainer, load_cfg, use_own_videos
 from avdet2.engine.cluster_naming import names_of_stage
 from avdet2.modeling.spectrogram import LogSpectrogram
 from avdet2.modeling.views import build_view
+from avdet2.utils.tool import run_tool
 from avdet2.visualization import draw_boxes
 
 PAGE = jinja2.Template(
@@ -128,7 +133,4 @@ if __name__ == "__main__":
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--count", type=int, default=16, help="samples")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
-    try:
-        main(parser.parse_args())
-    except ValueError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+    run_tool(main, parser.parse_args())

@@ -16,6 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
 
+if __name__ == "__main__":
+    from _check_paths import check_paths
+
+    check_paths(folders=["--run"])
+
 import numpy as np
 import torch
 from tqdm import tqdm

@@ -90,10 +90,7 @@ def _labels(folder: Path, subfolder: str):
     What annotations.json holds as globox's AnnotationSet, without scores, with the class names in
     order; folders are made for all files to come.
     """
-    try:
-        from globox import AnnotationSet
-    except ImportError as error:
-        raise ImportError("YOLO and VOC need globox: pip install 'avdet2[export]'") from error
+    from globox import AnnotationSet
 
     found = AnnotationSet.from_coco(folder / ANNOTATIONS)
     for image in found:

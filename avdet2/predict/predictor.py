@@ -27,9 +27,11 @@ from avdet2.predict.ahead import ahead
 from avdet2.predict.run_folder import detector_of_run, stage_cfg
 from avdet2.visualization import draw_boxes
 
-__all__ = ["Frame", "Names", "Predictor"]
+__all__ = ["PICTURES", "Frame", "Names", "Predictor", "read_picture"]
 
 logger = logging.getLogger(__name__)
+# How the names of pictures end that are looked for in folders.
+PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 class Names(list):

@@ -152,7 +152,7 @@ def test_rules_are_built_from_their_configs(name, image_set):
 
 @pytest.mark.skipif(hasattr(cv2, "ximgproc"), reason="this OpenCV has the contributed modules")
 def test_selective_search_says_what_it_needs():
-    with pytest.raises(ImportError, match="pip uninstall opencv-python-headless"):
+    with pytest.raises(ValueError, match="pip uninstall opencv-python-headless"):
         SelectiveSearch(mode="fast", size=0, max_boxes=10)
 
 

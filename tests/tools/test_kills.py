@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,23 +24,31 @@ STEPS = 30
 pytestmark = pytest.mark.slow
 
 
-def start(datasets: Path, config: str, folder: Path, *words: str) -> subprocess.Popen:
+@contextmanager
+def training(datasets: Path, config: str, folder: Path, *words: str) -> Iterator[subprocess.Popen]:
+    """
+    One that does not outlive the block.
+    """
     command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--resume", "--config-file"]
     command += [str(CONFIGS / config), "OUTPUT_DIR", str(folder), "SOLVER.MAX_EPOCH", "0.0"]
     command += ["SOLVER.MAX_ITER", str(STEPS), "SOLVER.WARMUP_ITERS", "1", "MODEL.DEVICE", "cpu"]
     command += ["SOLVER.IMS_PER_BATCH", "5", "SOLVER.CHECKPOINT_PERIOD", "4"]
-    command += ["DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", "1"]
+    command += ["DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", "1", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DETECTRON2_DATASETS": str(datasets)}
     out = subprocess.PIPE
-    return subprocess.Popen(
-        [*command, *words], env=env, stdout=out, stderr=subprocess.STDOUT, text=True
-    )
+    with subprocess.Popen(
+        command, env=env, stdout=out, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def finish(process: subprocess.Popen) -> str:
-    printed, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, printed[-3000:]
-    return printed
+def finish(*args) -> None:
+    with training(*args) as process:
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, printed[-3000:]
 
 
 def kill_often(rng: random.Random, *args) -> list[int]:
@@ -48,25 +58,26 @@ def kill_often(rng: random.Random, *args) -> list[int]:
     """
     codes = []
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, signal.SIGINT):
-        with start(*args) as process:
+        with training(*args) as process:
             for line in process.stdout:
                 if "Starting training" in line:
                     break
             time.sleep(rng.uniform(0.2, 3))
             process.send_signal(number)
             rest = process.stdout.read()
+            process.wait(timeout=60)
         codes.append(process.returncode)
         assert process.returncode in (0, -number, 128 + number), rest
         if process.returncode == 128 + number:
             assert "goes on with: python " in rest and "Traceback" not in rest
-    finish(start(*args))
+    finish(*args)
     return codes
 
 
 @pytest.mark.parametrize("config", ["synthetic_pretrain.yaml", "synthetic_simclr.yaml"])
 def test_a_training_that_is_killed_often_is_the_same(tiny_datasets, tmp_path, config):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(tiny_datasets, config, whole))
+    finish(tiny_datasets, config, whole)
     codes = kill_often(random.Random(1), tiny_datasets, config, killed)
     assert any(codes)
     first, second = (torch.load(x / "model_final.pth", weights_only=True) for x in (whole, killed))
@@ -77,16 +88,17 @@ def test_a_training_that_is_killed_often_is_the_same(tiny_datasets, tmp_path, co
 
 def test_a_second_run_in_a_folder_is_refused(tiny_datasets, tmp_path):
     args = (tiny_datasets, "synthetic_pretrain.yaml", tmp_path)
-    with start(*args, "SOLVER.MAX_ITER", "100000") as first:
+    with training(*args, "SOLVER.MAX_ITER", "100000") as first:
         for line in first.stdout:
             if "Starting training" in line:
                 break
         config = (tmp_path / "config.yaml").read_text()
-        second = start(*args)
-        printed, _ = second.communicate(timeout=120)
-        assert second.returncode == 1
+        with training(*args) as second:
+            printed, _ = second.communicate(timeout=300)
+            assert second.returncode == 1
         assert "another run is at work in" in printed
         assert (tmp_path / "config.yaml").read_text() == config
         first.terminate()
         first.stdout.read()
+        first.wait(timeout=60)
     assert first.returncode == 128 + signal.SIGTERM

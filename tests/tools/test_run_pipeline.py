@@ -149,12 +149,12 @@ def test_a_stage_ends_with_its_pipeline(tool, tmp_path, number):
         pipeline.send_signal(number)
         if number == signal.SIGKILL:
             # Nothing can end the stage then, but it keeps a second pipeline out.
-            assert pipeline.wait(timeout=20) == -number
+            assert pipeline.wait(timeout=60) == -number
             with pytest.raises(ValueError, match="is in use"):
                 tool.lock_folder(str(tmp_path), seconds=0)
             os.kill(stage, signal.SIGKILL)
         else:
-            assert pipeline.wait(timeout=20) == 128 + number
+            assert pipeline.wait(timeout=60) == 128 + number
             with pytest.raises(ProcessLookupError):
                 os.kill(stage, 0)
     tool.lock_folder(str(tmp_path), seconds=5).close()

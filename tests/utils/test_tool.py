@@ -129,10 +129,10 @@ def test_the_console_has_no_tracebacks(log, capsys) -> None:
 
 def test_a_tool_says_what_is_wrong_in_one_line(tmp_path) -> None:
     words = ["tools/run_pipeline.py", "--config-file", "configs/pipeline_K39.yaml"]
-    done = run(*words, "OUTPUT_DIR", str(tmp_path), "DATASETS.VIDEOS", str(tmp_path / "no"))
+    done = run(*words, "OUTPUT_DIR", str(tmp_path), "DATASETS.CLIP_SECONDS", "0")
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("run_pipeline.py: error: ") and "no' does not exist" in last
+    assert last.startswith("run_pipeline.py: error: ") and "DATASETS.CLIP_SECONDS is 0.0" in last
     assert "Traceback" in (tmp_path / "pipeline.txt").read_text()
 
 

@@ -40,8 +40,7 @@ class SelectiveSearch(BoxRule):
             max_boxes: boxes that are kept.
 
         Raises:
-            ValueError: an unknown mode, or a negative number.
-            ImportError: OpenCV has no selective search.
+            ValueError: an unknown mode, a negative number, or OpenCV has no selective search.
         """
         super().__init__()
         if mode not in MODES:
@@ -54,7 +53,7 @@ class SelectiveSearch(BoxRule):
                 f"{max_boxes} at least 1"
             )
         if not hasattr(cv2, "ximgproc"):
-            raise ImportError(
+            raise ValueError(
                 "selective search is in OpenCV's contributed modules, which this OpenCV "
                 f"({cv2.__version__}) does not have. They replace opencv-python-headless, and both "
                 "cannot be installed at a time: pip uninstall opencv-python-headless, then "
