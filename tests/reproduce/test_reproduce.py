@@ -274,6 +274,8 @@ def test_a_misspelt_key_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
+# Some thirty programs, one after the other.
+@pytest.mark.timeout(2400)
 def test_all_tables_on_the_synthetic_benchmark(tiny_datasets, tmp_path):
     budget = (
         "SOLVER.MAX_ITER 2 SOLVER.MAX_EPOCH 0 SOLVER.WARMUP_ITERS 1 SOLVER.IMS_PER_BATCH 4 "
