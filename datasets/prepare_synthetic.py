@@ -5,10 +5,17 @@ Make the synthetic audio-visual benchmark: mp4 clips with sound, COCO ground tru
 
     python datasets/prepare_synthetic.py --output datasets/synthetic_av --clips 1600 --test 500
 
+Or compose it of your own cut-outs, recordings and pictures, in folders that may have a level train,
+val and test:
+
+    python datasets/prepare_synthetic.py --output datasets/synthetic_av --size 160 128 \\
+        --objects objects --sounds sounds --backgrounds backgrounds
+
 Run again with the same settings, it makes only what is missing.
 """
 
 import argparse
+import logging
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -20,12 +27,30 @@ from tqdm import tqdm
 from annotations.prepare import add_output, run_script, script_parser
 from avdet2.data.datasets.synthetic import CLASS_NAMES
 from synthetic.generator import Settings
-from synthetic.scenes import DIFFICULTIES
+from synthetic.materials import DIFFICULTIES
+from synthetic.photos import EXTENSIONS, find_photos
 from synthetic.writer import open_output, write_annotations, write_item
+
+logger = logging.getLogger(__name__)
 
 
 def _make(job: tuple[str, int], root: Path, settings: Settings) -> bool:
     return write_item(root, settings, *job)
+
+
+def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
+    roots = {kind: getattr(args, kind) for kind in EXTENSIONS}
+    photos, lines, classes = None, [], args.classes or 6
+    if any(roots.values()):
+        missing = [f"--{kind}" for kind, root in roots.items() if not root]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must be given, too: all three folders or none")
+        photos, lines = find_photos(roots, args.seed)
+        classes = args.classes or len(photos.names)
+    if len(args.size) > 2:
+        raise ValueError(f"--size {args.size}: give a side, or width and height")
+    size = args.size[0] if len(args.size) == 1 else tuple(args.size)
+    return Settings(classes, size, args.seconds, args.seed, args.difficulty, photos=photos), lines
 
 
 def prepare(args: argparse.Namespace) -> list[str]:
@@ -34,7 +59,9 @@ def prepare(args: argparse.Namespace) -> list[str]:
     """
     counts = {"train": args.clips, "val": args.val, "test": args.test}
     root = Path(args.output)
-    settings = Settings(args.classes, args.size, args.seconds, args.seed, args.difficulty)
+    settings, lines = _settings(args)
+    for line in lines:
+        logger.info(line)
     open_output(root, settings)
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
     # Items are small: one thread each, as many processes as asked for.
@@ -54,14 +81,30 @@ def main() -> None:
     """
     parser = script_parser(__doc__)
     add_output(parser, "synthetic_av")
-    parser.add_argument("--classes", type=int, default=6, help=f"2 to {len(CLASS_NAMES)}")
+    parser.add_argument(
+        "--classes",
+        type=int,
+        help=f"2 to {len(CLASS_NAMES)} (default: 6; of photographs, all that there are)",
+    )
     parser.add_argument("--clips", type=int, default=1600, help="training clips")
     parser.add_argument("--val", type=int, default=300, help="validation images")
     parser.add_argument("--test", type=int, default=500, help="test images")
-    parser.add_argument("--size", type=int, default=128, help="side of the frames in pixels")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[128],
+        help="side of the frames in pixels, or width and height (default: 128)",
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="length of the clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--difficulty", choices=sorted(DIFFICULTIES), default="easy")
+    photos = parser.add_argument_group("photographs and recordings instead of drawn shapes")
+    photos.add_argument("--objects", help="folder: <class>/[<split>/]*.png, cut-outs with alpha")
+    photos.add_argument("--sounds", help="folder: <class>/[<split>/]*.ogg, recordings")
+    photos.add_argument(
+        "--backgrounds", help="folder: [<split>/]*.jpg, pictures without the classes"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     run_script(prepare, parser)
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from avdet2.data.datasets.synthetic import class_names
 
-from .scenes import DIFFICULTIES, Scene, draw_scene, render, visible_box
-from .sounds import draw_pitch, mix, synthesize
+from .materials import DIFFICULTIES, PHOTO_DIFFICULTIES, Difficulty, Drawings, Material
+from .photos import Photos
+from .scenes import Scene, draw_scene, render, visible_box
+from .sounds import mix
 
 # Changed whenever the same seed gives other frames or sounds.
 VERSION = 1
@@ -31,35 +33,68 @@ class Settings:
 
     Attributes:
         classes: number of classes.
-        size: side of the square frames in pixels.
+        size: width and height of the frames in pixels, or the side of square ones.
         seconds: length of the clips.
         seed: seed of everything.
-        difficulty: "easy", "normal" or "hard", see :data:`.scenes.DIFFICULTIES`.
+        difficulty: "easy", "normal" or "hard", see :data:`.materials.DIFFICULTIES`.
         fps: frames per second.
+        photos: photographs and recordings that all is composed of; None for drawn shapes.
     """
 
     classes: int = 6
-    size: int = 128
+    size: int | tuple[int, int] = 128
     seconds: float = 3.0
     seed: int = 0
     difficulty: str = "easy"
     fps: int = 8
+    photos: Photos | None = None
 
     def __post_init__(self):
         """
         Raises:
             ValueError: a value that no data set can be made with.
         """
-        class_names(self.classes)
+        self.names  # noqa: B018
         if self.difficulty not in DIFFICULTIES:
             raise ValueError(f"difficulty {self.difficulty!r}: give one of {sorted(DIFFICULTIES)}.")
         # yuv420 wants even sides; objects of a few pixels cannot be told apart.
-        if self.size < 32 or self.size % 2:
-            raise ValueError(f"size {self.size}: give an even number of pixels from 32.")
+        if min(self.frame_size) < 32 or any(side % 2 for side in self.frame_size):
+            raise ValueError(f"size {self.size}: give even numbers of pixels from 32.")
         if self.seconds < 1:
             raise ValueError(f"seconds {self.seconds}: clips of at least 1 s are needed.")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed}: give a number from 0.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """
+        Names of the classes.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        return self.photos.names[: self.classes] if self.photos else class_names(self.classes)
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """
+        Width and height of the frames in pixels.
+        """
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def material(self, split: str) -> Material:
+        """
+        What the items of a split are made of.
+        """
+        level = self.level
+        return self.photos.of(split, level) if self.photos else Drawings(self.names, level)
+
+    @property
+    def level(self) -> Difficulty:
+        """
+        What the difficulty means.
+        """
+        return (PHOTO_DIFFICULTIES if self.photos else DIFFICULTIES)[self.difficulty]
 
     @property
     def num_frames(self) -> int:
@@ -80,9 +115,9 @@ class Settings:
 class Item:
     """
     Attributes:
-        frames: uint8 array of shape (num_frames, size, size, 3), RGB.
+        frames: uint8 array of shape (num_frames, h, w, 3), RGB.
         waveform: int16 array of shape (seconds * 24000,).
-        truth: json-ready description: "sounds" (classes heard, with pitch), "objects" (category,
+        truth: json-ready description: "sounds" (classes heard, with pitch or recordings), "objects" (category,
             sounding, box, area, visible and the boxes of all frames), "time", "digest".
         scene: what the frames were composed from.
     """
@@ -106,7 +141,7 @@ def plan_training_clip(settings: Settings, rng: np.random.Generator) -> tuple[li
         The categories in sight, for each whether it sounds, and the categories heard.
     """
     kind = rng.random()
-    empty, two, hidden = np.cumsum(DIFFICULTIES[settings.difficulty].odd_clips)
+    empty, two, hidden = np.cumsum(settings.level.odd_clips)
     heard = _pick(settings.classes, rng)
     other = _pick(settings.classes, rng, other_than=heard)
     if kind < empty:
@@ -178,16 +213,13 @@ def make_item(settings: Settings, split: str, index: int) -> Item:
     order = plan_rng.permutation(len(shown))
     shown, sounding = [shown[i] for i in order], [sounding[i] for i in order]
 
-    level = DIFFICULTIES[settings.difficulty]
-    scene = draw_scene(shown, settings.size, settings.num_frames, level, scene_rng)
-    frames = np.stack([render(scene, i, noise_rng) for i in range(settings.num_frames)])
+    level, material = settings.level, settings.material(split)
+    frame_size, length = settings.frame_size, settings.num_frames
+    scene = draw_scene(shown, frame_size, length, level, material, scene_rng)
+    frames = np.stack([render(scene, i, noise_rng) for i in range(length)])
 
-    names = class_names(settings.classes)
-    sounds = [{"category": category, "pitch": draw_pitch(sound_rng)} for category in heard]
-    parts = [
-        synthesize(names[sound["category"]], sound["pitch"], settings.seconds, sound_rng)
-        for sound in sounds
-    ]
+    sounds = [material.choose_sound(category, sound_rng) for category in heard]
+    parts = [material.sound(sound, settings.seconds, sound_rng) for sound in sounds]
     waveform = mix(parts, settings.seconds, sound_rng)
     truth = {
         "split": split,

@@ -9,37 +9,12 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .sprites import Sprite, draw_distractor, draw_object, hsv_color, to_sprite
+from .materials import Difficulty, Material
+from .sprites import Sprite, to_sprite
 
-# Drawings are this many times the side of a frame: at least three times their final size.
-_SUPERSAMPLING = 3
 MIN_VISIBLE = 0.75
 # Tries to place one object before it is made smaller.
 _TRIES = 12
-
-
-@dataclass(frozen=True)
-class Difficulty:
-    """
-    Attributes:
-        sizes: smallest and largest object, longer side over the side of the frame.
-        distractors: smallest and largest number of distractors.
-        hue_cue: whether most objects of a class are near one hue.
-        odd_clips: shares of training clips without object, with two sounding objects, and with a
-            sound whose object is not in sight.
-    """
-
-    sizes: tuple[float, float]
-    distractors: tuple[int, int]
-    hue_cue: bool
-    odd_clips: tuple[float, float, float] = (0.0, 0.0, 0.0)
-
-
-DIFFICULTIES = {
-    "easy": Difficulty((0.25, 0.60), (1, 4), True),
-    "normal": Difficulty((0.15, 0.55), (2, 6), False),
-    "hard": Difficulty((0.15, 0.55), (2, 6), False, (0.10, 0.15, 0.10)),
-}
 
 
 @dataclass
@@ -60,7 +35,7 @@ class Layer:
 class Scene:
     """
     Attributes:
-        background: float32 array of shape (side, side, 3).
+        background: float32 array of shape (frames, h, w, 3), or (1, h, w, 3) where it stands still.
         layers: from the farthest to the nearest.
         blur: standard deviation of the lens blur in pixels, 0 for none.
         noise: standard deviation of the sensor noise in grey levels.
@@ -72,60 +47,18 @@ class Scene:
     noise: float = 0.0
 
 
-def _value_noise(side: int, rng: np.random.Generator) -> np.ndarray:
-    # Random grids of several widths, enlarged and added; between 0 and 1.
-    roughness = rng.uniform(0.4, 1.1)
-    field = np.zeros((side, side), np.float32)
-    for cells in (2, 4, 8, 16, 32, 64):
-        grid = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
-        grown = cv2.resize(grid, (side, side), interpolation=cv2.INTER_CUBIC)
-        field += grown * np.float32(cells**-roughness)
-    return (field - field.min()) / (field.max() - field.min())
-
-
-def _wave(side: int, rng: np.random.Generator, cycles: float) -> np.ndarray:
-    angle = rng.uniform(0, 2 * np.pi)
-    axis = np.linspace(0, 2 * np.pi * cycles, side, dtype=np.float32)
-    phase = axis[None, :] * np.float32(np.cos(angle)) + axis[:, None] * np.float32(np.sin(angle))
-    return 0.5 + 0.5 * np.sin(phase + np.float32(rng.uniform(0, 2 * np.pi)))
-
-
-def draw_background(side: int, rng: np.random.Generator) -> np.ndarray:
-    """
-    A mixture of multi-scale noise, a gradient and a grating between random colours.
-
-    Returns:
-        Float32 array of shape (side, side, 3), 0..255.
-    """
-    # The gradient is a wave of less than half a period.
-    field = rng.uniform(0.4, 1) * _value_noise(side, rng) + _wave(side, rng, 0.3)
-    if rng.random() < 0.5:
-        field += rng.uniform(0.15, 0.5) * _wave(side, rng, rng.uniform(3, 14))
-    field = (field - field.min()) / (field.max() - field.min())
-    knots = [
-        hsv_color(rng.uniform(0, 360), rng.uniform(0.05, 0.55), value)
-        for value in rng.uniform(0.2, 0.95, 3)
-    ]
-    # Three colours along the field, the middle one at a random place.
-    middle = rng.uniform(0.3, 0.7)
-    channels = [np.interp(field, (0, middle, 1), [knot[i] for knot in knots]) for i in range(3)]
-    grain = np.dstack([_value_noise(side, rng)] * 3) - 0.5
-    picture = np.dstack(channels).astype(np.float32) + np.float32(rng.uniform(0, 60)) * grain
-    return np.clip(picture, 0, 255)
-
-
 def _draw_track(
-    sprite: Sprite, side: int, frames: int, travel: float, rng: np.random.Generator
+    sprite: Sprite, size: tuple[int, int], frames: int, travel: float, rng: np.random.Generator
 ) -> np.ndarray:
     # A straight way with a sway across it, kept inside the frame.
     height, width = sprite.size
-    room = np.array([side - width, side - height], np.float64)
+    room = np.array([size[0] - width, size[1] - height], np.float64)
     start = rng.uniform(0, 1, 2) * room
     angle = rng.uniform(0, 2 * np.pi)
     along = np.array([np.cos(angle), np.sin(angle)])
     step = np.linspace(-0.5, 0.5, frames)[:, None]
     sway = 0.2 * np.sin(2 * np.pi * step + rng.uniform(0, 2 * np.pi))
-    path = start + side * travel * (step * along + sway * along[::-1] * [-1, 1])
+    path = start + min(size) * travel * (step * along + sway * along[::-1] * [-1, 1])
     return np.round(np.clip(path, 0, room)).astype(np.int64)
 
 
@@ -209,11 +142,15 @@ def _crowded(layers: Sequence[Layer], new: Layer) -> bool:
 
 
 def _try_place(
-    sprite: Sprite, side: int, frames: int, layers: list[Layer], rng: np.random.Generator
+    sprite: Sprite,
+    size: tuple[int, int],
+    frames: int,
+    layers: list[Layer],
+    rng: np.random.Generator,
 ) -> Layer | None:
     # A way through the clip on which neither this object nor those before it are hidden.
     for _ in range(_TRIES):
-        track = _draw_track(sprite, side, frames, rng.uniform(0, 0.15), rng)
+        track = _draw_track(sprite, size, frames, rng.uniform(0, 0.15), rng)
         layer = Layer(sprite, track, instance=len(layers))
         if not _crowded(layers, layer) and least_visible(layers + [layer]) >= MIN_VISIBLE:
             return layer
@@ -221,8 +158,14 @@ def _try_place(
 
 
 def _place_objects(
-    categories: Sequence[int], side: int, frames: int, level: Difficulty, rng: np.random.Generator
+    categories: Sequence[int],
+    size: tuple[int, int],
+    frames: int,
+    level: Difficulty,
+    material: Material,
+    rng: np.random.Generator,
 ) -> list[Layer]:
+    side = min(size)
     smallest, largest = level.sizes
     if len(categories) > 1:
         # Several objects of the largest size do not fit into one frame.
@@ -230,41 +173,46 @@ def _place_objects(
     layers: list[Layer] = []
     while len(layers) < len(categories):
         category = categories[len(layers)]
-        drawing = draw_object(category, _SUPERSAMPLING * side, rng, level.hue_cue)
-        size = rng.uniform(smallest, largest)
+        drawing = material.object(category, side, rng)
+        longest = rng.uniform(smallest, largest)
         layer = None
-        while layer is None and size >= smallest:
-            sprite = to_sprite(drawing, round(size * side), category)
-            layer = _try_place(sprite, side, frames, layers, rng)
-            size *= 0.85
+        while layer is None and longest >= smallest:
+            sprite = to_sprite(drawing, round(longest * side), category)
+            layer = _try_place(sprite, size, frames, layers, rng)
+            longest *= 0.85
         # Without room for even a small one, the whole picture is started again.
         layers = layers + [layer] if layer is not None else []
     return layers
 
 
 def draw_scene(
-    categories: Sequence[int], side: int, frames: int, level: Difficulty, rng: np.random.Generator
+    categories: Sequence[int],
+    size: tuple[int, int],
+    frames: int,
+    level: Difficulty,
+    material: Material,
+    rng: np.random.Generator,
 ) -> Scene:
     """
     Draw a scene that shows one object of each given category.
 
     Args:
         categories: class indices of the objects, repeats allowed; the i-th becomes instance i.
-        side: width and height of the frames in pixels.
+        size: width and height of the frames in pixels.
         frames: number of frames.
-        level: sizes, distractors and colours.
+        level: sizes of the objects.
+        material: what backgrounds, objects and distractors are made of.
         rng: random generator.
 
     Returns:
         A scene in which at least three quarters of every object are visible in every frame.
     """
-    background = draw_background(side, rng)
-    layers = _place_objects(categories, side, frames, level, rng)
-    low, high = level.distractors
-    for _ in range(int(rng.integers(low, high + 1))):
-        drawing = draw_distractor(_SUPERSAMPLING * side, rng)
+    side = min(size)
+    background = material.background(size, frames, rng)
+    layers = _place_objects(categories, size, frames, level, material, rng)
+    for drawing in material.distractors(side, rng):
         sprite = to_sprite(drawing, round(side * rng.uniform(0.1, 0.4)))
-        layer = Layer(sprite, _draw_track(sprite, side, frames, rng.uniform(0, 0.15), rng))
+        layer = Layer(sprite, _draw_track(sprite, size, frames, rng.uniform(0, 0.15), rng))
         in_front = layers + [layer]
         if rng.random() < 0.3 and least_visible(in_front) >= MIN_VISIBLE:
             layers = in_front
@@ -284,9 +232,9 @@ def render(scene: Scene, frame: int, rng: np.random.Generator | None = None) -> 
         rng: random generator of the sensor noise; None leaves blur and noise out.
 
     Returns:
-        Uint8 array of shape (side, side, 3), RGB.
+        Uint8 array of shape (h, w, 3), RGB.
     """
-    picture = scene.background.copy()
+    picture = scene.background[min(frame, len(scene.background) - 1)].copy()
     for layer in scene.layers:
         x, y = layer.track[frame]
         height, width = layer.sprite.size

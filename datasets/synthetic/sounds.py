@@ -55,7 +55,10 @@ def _noise_band(length: int, low: float, high: float, rng: np.random.Generator) 
     return (wave / max(np.abs(wave).max(), 1e-9)).astype(np.float32)
 
 
-def _fade(wave: np.ndarray, attack: float, release: float) -> np.ndarray:
+def fade(wave: np.ndarray, attack: float, release: float) -> np.ndarray:
+    """
+    A waveform that rises and falls within the given seconds at its ends.
+    """
     rise = min(len(wave), max(1, int(attack * SAMPLE_RATE)))
     fall = min(len(wave), max(1, int(release * SAMPLE_RATE)))
     wave = wave.copy()
@@ -116,7 +119,7 @@ def _organ(pitch: float, seconds: float, rng: np.random.Generator) -> np.ndarray
         _partials(_time(seconds), pitch * root * drawbars, strengths, np.full(6, 1e3), rng)
         for root in (1.0, third, 2.0 ** (7 / 12))
     ]
-    return _fade(sum(chord), 0.02, 0.05)
+    return fade(sum(chord), 0.02, 0.05)
 
 
 def _brass(pitch: float, seconds: float, rng: np.random.Generator) -> np.ndarray:
@@ -167,7 +170,7 @@ def _breath(pitch: float, seconds: float, rng: np.random.Generator) -> np.ndarra
     time = _time(seconds)
     tone = _partials(time, [pitch, 3 * pitch], [1, 0.05], [1e3, 1e3], rng)
     air = _noise_band(len(time), 0.8 * pitch, 6 * pitch, rng)
-    return _fade(tone + 0.5 * air, 0.12, 0.15)
+    return fade(tone + 0.5 * air, 0.12, 0.15)
 
 
 def _whirr(pitch: float, seconds: float, rng: np.random.Generator) -> np.ndarray:
@@ -229,7 +232,7 @@ def synthesize(name: str, pitch: float, seconds: float, rng: np.random.Generator
     while onset < seconds - 0.05:
         start = int(onset * SAMPLE_RATE)
         frequency = pitch * 2.0 ** (rng.choice(_MELODY) / 12)
-        note = _fade(family.note(frequency, rng.uniform(*family.length), rng), 0.002, 0.02)
+        note = fade(family.note(frequency, rng.uniform(*family.length), rng), 0.002, 0.02)
         note = note[: len(wave) - start] * np.float32(rng.uniform(0.7, 1.0))
         wave[start : start + len(note)] += note
         onset += gap * rng.uniform(0.9, 1.1)

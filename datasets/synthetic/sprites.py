@@ -197,7 +197,7 @@ def draw_distractor(side: int, rng: np.random.Generator) -> np.ndarray:
 
 def to_sprite(drawing: np.ndarray, longest: int, category: int = -1) -> Sprite:
     """
-    Shrink a drawing of shape (h, w, 4) so that its longer side is `longest` pixels.
+    Scale a drawing of shape (h, w, 4) so that its longer side is `longest` pixels.
 
     Colours are averaged with their alpha as weight, so that what lies outside the shape does not
     darken its rim.
@@ -207,7 +207,8 @@ def to_sprite(drawing: np.ndarray, longest: int, category: int = -1) -> Sprite:
     target = (max(1, round(width * scale)), max(1, round(height * scale)))
     alpha = drawing[..., 3:].astype(np.float32) / 255
     stacked = np.dstack([drawing[..., :3] * alpha, alpha])
-    small = cv2.resize(stacked, target, interpolation=cv2.INTER_AREA)
+    method = cv2.INTER_AREA if scale <= 1 else cv2.INTER_LINEAR
+    small = cv2.resize(stacked, target, interpolation=method)
     coverage = small[..., 3]
     rgb = small[..., :3] / np.maximum(coverage, 1e-6)[..., None]
     return Sprite(rgb, coverage, category)

@@ -7,7 +7,6 @@ Writes a synthetic data set: mp4 and jpg files, clip list, COCO annotations. Rea
 import csv
 import hashlib
 import json
-from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import av
 import cv2
 import numpy as np
 
-from avdet2.data.datasets.synthetic import class_names
 from avdet2.utils.files import write_whole
 
 from .generator import SPLITS, VERSION, Item, Settings, make_item
@@ -26,11 +24,12 @@ _SETTINGS_FILE = "settings.json"
 # Samples in one frame of AAC.
 _AAC_FRAME = 1024
 
+_COMPUTED = "Nothing in here is\nrecorded: objects, backgrounds and sounds are computed."
+_COMPOSED = "It is composed of\nthe photographs and recordings in ingredients.json."
 _README = """Synthetic audio-visual benchmark of avdet2
 ==========================================
 
-Made by datasets/prepare_synthetic.py with the settings in settings.json. Nothing in here is
-recorded: objects, backgrounds and sounds are computed.
+Made by datasets/prepare_synthetic.py with the settings in settings.json. {made}
 
 train/*.mp4, train.csv              unlabelled clips to learn from; columns file, start, duration,
                                     label. The labels are FOR ASSESSMENT ONLY.
@@ -40,12 +39,13 @@ val/, test/                         *.jpg images and, for each, an mp4 with its 
 annotations/val.json, test.json     COCO ground truth. All objects are in it; `sounding` tells
                                     which one is heard in the mp4.
 annotations/test_*.json             the same test images: those with one object (single), those with
-                                    several (multi), all with coarser classes (groups).
+                                    several (multi), all with coarser classes (groups; of drawn
+                                    shapes only).
 .records/                           one file per item; prepare_synthetic.py continues from them.
 
 Choose settings on val only. Keys beside COCO's:
 images       audio_file (mp4), time (seconds of the annotated frame), sounds (category_id, pitch
-             in Hz)
+             in Hz or the recordings)
 annotations  sounding (0 or 1), instance (index in the clip), visible (share not hidden by other
              shapes), least_visible (the same, over all frames), track (box in every frame)
 Boxes are [left, top, width, height] in whole pixels, tight around the visible pixels.
@@ -108,7 +108,7 @@ def open_output(root: Path, settings: Settings) -> None:
     Raises:
         ValueError: the folder holds a data set with other settings.
     """
-    wanted = {"generator_version": VERSION, **asdict(settings)}
+    wanted = _described(settings)
     path = root / _SETTINGS_FILE
     if path.exists() and json.loads(path.read_text()) != wanted:
         raise ValueError(
@@ -120,6 +120,19 @@ def open_output(root: Path, settings: Settings) -> None:
         (root / ".records" / split).mkdir(parents=True, exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
     _replace(path, (json.dumps(wanted, indent=1) + "\n").encode())
+    if settings.photos:
+        content = json.dumps(settings.photos.files, indent=1) + "\n"
+        _replace(root / "ingredients.json", content.encode())
+
+
+def _described(settings: Settings) -> dict:
+    values = {"generator_version": VERSION, **vars(settings)}
+    photos = values.pop("photos")
+    if not isinstance(settings.size, int):
+        values["size"] = list(settings.size)
+    if photos:
+        values |= {"names": list(settings.names), "ingredients_sha256": photos.sha256}
+    return values
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -186,21 +199,21 @@ def _coco_annotation(entry: dict, image_id: int, annotation_id: int) -> dict:
 
 def _coco(records: list[dict], settings: Settings) -> dict:
     # Ids count from 1: pycocotools takes an annotation id of 0 for "not matched".
-    names = class_names(settings.classes)
+    width, height = settings.frame_size
     images, annotations = [], []
     for image_id, record in enumerate(records, start=1):
         clip = f"{record['index']:06d}.mp4"
         name = clip if record["split"] == "train" else clip.replace(".mp4", ".jpg")
-        sounds = [
-            {"category_id": sound["category"] + 1, "pitch": sound["pitch"]}
-            for sound in record["sounds"]
-        ]
+        sounds = []
+        for sound in record["sounds"]:
+            others = {key: value for key, value in sound.items() if key != "category"}
+            sounds.append({"category_id": sound["category"] + 1, **others})
         images.append(
             {
                 "id": image_id,
                 "file_name": name,
-                "width": settings.size,
-                "height": settings.size,
+                "width": width,
+                "height": height,
                 "audio_file": clip,
                 "time": record["time"],
                 "sounds": sounds,
@@ -210,14 +223,14 @@ def _coco(records: list[dict], settings: Settings) -> dict:
             annotations.append(_coco_annotation(entry, image_id, len(annotations) + 1))
     return {
         "info": {"description": f"synthetic_av {records[0]['split']}" if records else ""},
-        "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(settings.names, start=1)],
         "images": images,
         "annotations": annotations,
     }
 
 
 def _write_clip_list(path: Path, records: list[dict], settings: Settings) -> None:
-    names = class_names(settings.classes)
+    names = settings.names
     with write_whole(path) as part, open(part, "w", newline="") as f:
         rows = csv.writer(f)
         rows.writerow(["file", "start", "duration", "label"])
@@ -248,10 +261,14 @@ def write_annotations(root: Path, settings: Settings, counts: dict[str, int]) ->
         truth = _coco(records, settings)
         _replace(root / "annotations" / name, json.dumps(truth).encode())
         for view, look in TEST_VIEWS.items() if split == "test" else ():
+            # Of other classes nobody knows what they have in common.
+            if view == "groups" and settings.photos:
+                continue
             path = root / "annotations" / f"test_{view}.json"
             _replace(path, json.dumps(look(truth)).encode())
         if split == "train":
             _write_clip_list(root / "train.csv", records, settings)
     lines = [f"{total.hexdigest()}  ({', '.join(f'{n} {split}' for split, n in counts.items())})"]
-    _replace(root / "README.txt", (_README + "\n".join(lines) + "\n").encode())
+    text = _README.format(made=_COMPOSED if settings.photos else _COMPUTED)
+    _replace(root / "README.txt", (text + "\n".join(lines) + "\n").encode())
     return total.hexdigest()

@@ -66,7 +66,9 @@ def load_synthetic_clips(root: str, dataset_name: str | None = None) -> ClipTabl
             f"{clip_list} is missing: make the data set with `{_how_to_make(root)}`."
         )
     with open(settings) as f:
-        names = list(class_names(json.load(f)["classes"]))
+        made_with = json.load(f)
+    # What is composed of photographs has names of its own.
+    names = list(made_with.get("names") or class_names(made_with["classes"]))
     if dataset_name is not None:
         MetadataCatalog.get(dataset_name).set(label_classes=names)
     return scan_clips(clip_list, root, classes=names).clips

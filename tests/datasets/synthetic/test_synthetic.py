@@ -25,7 +25,8 @@ from synthetic.generator import (
     plan_test_image,
     plan_training_clip,
 )
-from synthetic.scenes import DIFFICULTIES, MIN_VISIBLE, Scene, draw_scene, render
+from synthetic.materials import DIFFICULTIES, Drawings
+from synthetic.scenes import MIN_VISIBLE, Scene, draw_scene, render
 from synthetic.sounds import (
     LOWEST_PITCH,
     PITCH_OCTAVES,
@@ -294,9 +295,10 @@ def test_colour_cue_is_weak_and_only_for_easy():
 
 
 def test_objects_and_scenes_of_every_class_can_be_drawn():
-    rng = np.random.default_rng(0)
+    rng, level = np.random.default_rng(0), DIFFICULTIES["normal"]
+    material = Drawings(CLASS_NAMES, level)
     for shown in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]):
-        layers = draw_scene(shown, 96, 2, DIFFICULTIES["normal"], rng).layers
+        layers = draw_scene(shown, (96, 96), 2, level, material, rng).layers
         categories = {layer.instance: layer.sprite.category for layer in layers}
         assert [categories[instance] for instance in range(4)] == shown
 
@@ -374,6 +376,7 @@ def test_impossible_settings():
     for wrong in (
         {"classes": 13},
         {"size": 63},
+        {"size": (160, 31)},
         {"seconds": 0.5},
         {"difficulty": "odd"},
         {"seed": -1},
