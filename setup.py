@@ -43,7 +43,9 @@ INSTALL_REQUIRES = [
     "scipy>=1.10",
     "tabulate>=0.9",
     "threadpoolctl>=3.1",
-    "timm>=0.9",
+    "safetensors>=0.4",
+    # All networks have ``forward_intermediates`` and ``prune_intermediate_layers``.
+    "timm>=1.0.31",
     "tqdm>=4.60",
 ]
 DEV = [
@@ -60,7 +62,7 @@ DEV = [
     "supervision>=0.26.1",
 ]
 # tools/export_labels.py and tools/export_model.py; PyTorch asks for onnx.
-EXPORT = ["globox>=2.5", "onnx>=1.16", "onnxruntime>=1.18", "safetensors>=0.4"]
+EXPORT = ["globox>=2.5", "onnx>=1.16", "onnxruntime>=1.18"]
 # tools/predict.py --track. It asks for opencv-python, which lies beside the headless build in one
 # Python package, cv2: install the headless one again after it.
 TRACK = ["supervision>=0.26.1", "trackers>=2.6"]

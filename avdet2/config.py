@@ -19,6 +19,7 @@ def add_avdet2_config(cfg: CN) -> None:
     _add_data(cfg)
     _add_weights(cfg)
     _add_localizer(cfg)
+    _add_timm(cfg)
     _add_simclr(cfg)
     _add_spectrogram(cfg)
     _add_self_labels(cfg)
@@ -102,7 +103,8 @@ def _add_localizer(cfg: CN) -> None:
     # The visual encoder is cfg.MODEL.BACKBONE (any of BACKBONE_REGISTRY; the paper's is
     # build_avol_backbone): which of its feature maps is used. "res4" of a ResNet has stride 16.
     node.VISUAL_FEATURE = "conv4"
-    # AUDIO_ENCODER_REGISTRY, and an AVOL-Net's shape; see MODEL.AVOL.
+    # AUDIO_ENCODER_REGISTRY (AVOLAudioEncoder, TimmAudioEncoder), and an AVOL-Net's shape; see
+    # MODEL.AVOL.
     node.AUDIO_ENCODER = CN()
     node.AUDIO_ENCODER.NAME = "AVOLAudioEncoder"
     node.AUDIO_ENCODER.CHANNELS = (64, 128, 256, 512)
@@ -153,6 +155,32 @@ def _add_localizer(cfg: CN) -> None:
     # A dictionary of objects (DSOL) that tools/build_object_dictionary.py wrote. With it inference
     # has a box for every kind of object in it that is heard, and these are the clusters.
     node.OBJECT_DICTIONARY = ""
+
+
+def _add_timm(cfg: CN) -> None:
+    # A network of timm as an image backbone (build_timm_backbone, build_timm_fpn_backbone), of which
+    # MODEL.BACKBONE.FREEZE_AT freezes stages: 1 is the stem (a ViT's embeddings), 2 also the first
+    # stage (a ViT's first block) ...
+    cfg.MODEL.TIMM = _timm_network("resnet50", "layer3")
+    # BN: as timm has it; SyncBN (over all GPUs) or FrozenBN (nothing of it is trained).
+    cfg.MODEL.TIMM.NORM = "BN"
+    # The same for spectrograms, as images of one channel, with AUDIO_ENCODER.NAME TimmAudioEncoder.
+    cfg.MODEL.LOCALIZER.AUDIO_ENCODER.TIMM = _timm_network("resnet18", "layer4")
+
+
+def _timm_network(name: str, out_feature: str) -> CN:
+    node = CN()
+    # timm's name, which may say of which weights, too: vit_small_patch16_224.dino.
+    node.NAME = name
+    # What a training starts from that has no MODEL.WEIGHTS: a file (.pth, .safetensors ...) that
+    # holds this network, or "timm": the weights of NAME, which are downloaded once. Empty: random.
+    node.WEIGHTS = ""
+    # Maps of the network by timm's names: layer1 ... layer4 of a ResNet, blocks.0 ... of a ViT. What
+    # comes after the last one is not built.
+    node.OUT_FEATURES = (out_feature,)
+    # [NAME, VALUE] pairs for timm.create_model, such as ["num_heads", 12].
+    node.OPTIONS = ()
+    return node
 
 
 def _add_simclr(cfg: CN) -> None:
@@ -257,6 +285,9 @@ def _add_self_boxes(cfg: CN) -> None:
 def _add_solver(cfg: CN) -> None:
     # SGD, Adam, AdamW or LARS.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Factor of the learning rate of the image backbone (the localizer's visual encoder; a detector's
+    # network below the FPN).
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # Trust coefficient of LARS ("eeta" in SimCLR).
     cfg.SOLVER.LARS_ETA = 0.001
     # Update all parameters in one kernel, where the optimizer has one and the model is on a GPU.

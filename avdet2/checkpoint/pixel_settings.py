@@ -26,6 +26,7 @@ from avdet2.config_file import flat_items
 METADATA = "avdet2"
 BACKBONE_NAME = "MODEL.BACKBONE.NAME"
 DEPTH = "MODEL.RESNETS.DEPTH"
+TIMM_OPTIONS = "MODEL.TIMM.OPTIONS"
 # What a localizer calls its backbone, and what others call theirs.
 BACKBONES = ("visual_encoder.", "backbone.")
 UNKNOWN = (
@@ -55,11 +56,13 @@ class Start(NamedTuple):
         key: of the config, for messages.
         weights: path of a file; "" for none.
         prefixes: what the names of the tensors that are used begin with, where a run wrote them.
+        settings: of the weights, where they are known without the file.
     """
 
     key: str
     weights: str
     prefixes: tuple[str, ...]
+    settings: WeightSettings | None = None
 
 
 def read_settings(weights: str) -> WeightSettings | None:
@@ -125,10 +128,10 @@ def pixel_messages(cfg: CfgNode, starts: Iterable[Start]) -> list[tuple[int, str
     for start in starts:
         if not start.weights:
             continue
-        settings = read_settings(start.weights)
+        settings = start.settings or read_settings(start.weights)
         if settings is None:
             messages.append((logging.INFO, f"{start.key} {start.weights}: {UNKNOWN}"))
-        elif _is_same_network(cfg, settings, start.prefixes):
+        elif start.settings or _is_same_network(cfg, settings, start.prefixes):
             wrong = _differences(cfg, settings.values)
             if wrong:
                 messages.append((logging.WARNING, _warning(start.key, start.weights, wrong)))
@@ -148,7 +151,7 @@ def _warning(key: str, weights: str, wrong: dict[str, tuple[Any, Any]]) -> str:
 def _is_same_network(cfg: CfgNode, settings: WeightSettings, prefixes: tuple[str, ...]) -> bool:
     family = _family(cfg.MODEL.BACKBONE.NAME)
     if settings.names is None:
-        return family == "resnet"
+        return family in ("resnet", "build_timm_backbone")
     return family == _family(settings.values[BACKBONE_NAME]) and any(
         name.startswith(prefixes) for name in settings.names
     )
@@ -168,9 +171,11 @@ def _differences(cfg: CfgNode, values: dict[str, Any]) -> dict[str, tuple[Any, A
     is_bottleneck = _family(cfg.MODEL.BACKBONE.NAME) == "resnet" and all(
         depth >= 50 for depth in (cfg.MODEL.RESNETS.DEPTH, values.get(DEPTH, 50))
     )
+    # Of which the shapes of a ViT's tensors tell nothing.
+    keys = (*SETTING_KEYS, TIMM_OPTIONS) if "timm" in cfg.MODEL.BACKBONE.NAME else SETTING_KEYS
     return {
         key: (values[key], present[key])
-        for key in SETTING_KEYS
+        for key in keys
         if key in values
         and (key != STRIDE_IN_1X1 or is_bottleneck)
         and not _is_equal(values[key], present[key])
@@ -178,6 +183,8 @@ def _differences(cfg: CfgNode, values: dict[str, Any]) -> dict[str, tuple[Any, A
 
 
 def _is_equal(a: Any, b: Any) -> bool:
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and np.allclose(a, b, rtol=1e-3)
-    return a == b
+    if not isinstance(a, list | tuple):
+        return a == b
+    if any(isinstance(x, list | tuple) for x in (*a, *b)):
+        return dict(a) == dict(b)
+    return len(a) == len(b) and np.allclose(a, b, rtol=1e-3)

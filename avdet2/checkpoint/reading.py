@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from detectron2.utils.file_io import PathManager
 
@@ -223,7 +225,8 @@ def load_file(
     path: str, left_out: Sequence[str] = (), mapped: bool = True, trusted: bool = False
 ) -> Mapping[str, Any]:
     """
-    The content of a PyTorch file, or of a pickle of arrays (.pkl) as in Detectron2's model zoo.
+    The content of a PyTorch file, of .safetensors, or of a pickle of arrays (.pkl) as in Detectron2's
+    model zoo.
 
     Args:
         path: of the file, or an address that Detectron2 knows.
@@ -238,6 +241,11 @@ def load_file(
     path = PathManager.get_local_path(path)
     if not os.path.isfile(path):
         raise ValueError(f"{path} is not a file")
+    if path.endswith(".safetensors"):
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no safetensors file, or is damaged: {error}") from error
     # PyTorch before 2.6 unpacks these even with weights_only, over any file (CVE-2025-32434).
     if tarfile.is_tarfile(path) and not trusted:
         raise pickle.UnpicklingError("it is a tar file")

@@ -74,6 +74,7 @@ def _has_clusters(number: int, cfg: CfgNode) -> bool:
     return number >= (2 if is_read else 1)
 
 
+_PAIR = Rule(lambda pair, _: len(pair) == 2 and isinstance(pair[0], str), "a name and a value")
 _LOCALIZER, _SOUND = "MODEL.LOCALIZER.", "MODEL.LOCALIZER.SPECTROGRAM."
 _LABEL = "MODEL.LOCALIZER.SELF_LABEL."
 
@@ -133,6 +134,9 @@ RULES: dict[str, Rule] = {
     _LABEL + "BATCH_SIZE": at_least(1),
     _LABEL + "MAX_COLLAPSED": at_least(0),
     "MODEL.SIMCLR.TEMPERATURE": above(0),
+    "MODEL.TIMM.NORM": one_of(("BN", "SyncBN", "FrozenBN")),
+    "MODEL.TIMM.OPTIONS": each(_PAIR),
+    "MODEL.LOCALIZER.AUDIO_ENCODER.TIMM.OPTIONS": each(_PAIR),
     "MODEL.SELF_BOX.BETA": Rule(
         lambda beta, _: len(beta) == 2 and 0 <= beta[0] <= beta[1] < 1, "a range within [0, 1)"
     ),
@@ -144,6 +148,7 @@ RULES: dict[str, Rule] = {
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": at_least(1),
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": within(0, 1),
     "SOLVER.AMP.PRECISION": one_of(("fp16", "bf16")),
+    "SOLVER.BACKBONE_MULTIPLIER": above(0),
     "SOLVER.BASE_LR": at_least(0),
     "SOLVER.CHECKPOINT_PERIOD": at_least(1),
     "SOLVER.IMS_PER_BATCH": at_least(1),

@@ -13,11 +13,14 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 from avdet2.checkpoint.reading import CONVERT, Weights, load_weights
+from avdet2.checkpoint.timm_weights import load_timm_weights
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+# Of published weights for a network of timm, for which they are loaded in another way.
+TIMM_WEIGHTS = "MODEL.TIMM.WEIGHTS"
 # What stands before the names of a model's backbone, without an FPN.
 TRUNKS = ("visual_encoder.bottom_up.", "visual_encoder.", "backbone.bottom_up.", "backbone.")
 
@@ -111,7 +114,8 @@ def init_backbone(
         backbone: an FPN, whose ``bottom_up`` is used, or a plain backbone.
         weights: path of a checkpoint of a localizer (its visual encoder), of SimCLR or a detector
             (its bottom-up backbone), or of a backbone alone, in Detectron2's names. It may have
-            stages behind the last one that is wanted.
+            stages behind the last one that is wanted. For TIMM_WEIGHTS see
+            :func:`~avdet2.checkpoint.timm_weights.load_timm_weights`.
         key: of the config, for messages.
         last_stages: all stages must be found. Without, the last ones may stay as they are, with a
             warning: a localizer's ResNet usually ends with res4.
@@ -119,26 +123,30 @@ def init_backbone(
     Raises:
         ValueError: the file is missing, or the two are not the same network.
     """
+    trunk = getattr(backbone, "bottom_up", backbone)
+    if key == TIMM_WEIGHTS:
+        load_timm_weights(trunk, weights, key)
+        return
     if not weights or not PathManager.isfile(weights):
         raise ValueError(
             f"{key} {weights!r} is not a file: it must be the checkpoint of a localizer or of "
             "SimCLR (model_final.pth in its OUTPUT_DIR), or what tools/convert_simclr_to_d2.py "
             "wrote"
         )
-    trunk = getattr(backbone, "bottom_up", backbone)
     state = load_weights(weights).state
     state = _part(state, _trunk_prefix(state))
     found, wanted = _shapes(state), _shapes(trunk.state_dict())
     absent = [] if last_stages else _absent_stages(found, wanted)
     if absent:
         logger.warning(f"{weights} has no {', '.join(absent)}, which start at random")
-        wanted = {k: v for k, v in wanted.items() if k.split(".")[0] not in absent}
+        wanted = {k: v for k, v in wanted.items() if _stage(k) not in absent}
     wrong = _misfits(found, wanted)
     if wrong:
         convert = "" if found.keys() & wanted.keys() else f". {CONVERT}"
         raise ValueError(
             f"{key} {weights} holds another network than this config's backbone: {_listed(wrong)}. "
-            f"Give both the same MODEL.BACKBONE.NAME, MODEL.RESNETS or MODEL.AVOL{convert}"
+            f"Give both the same MODEL.BACKBONE.NAME, MODEL.RESNETS, MODEL.AVOL or "
+            f"MODEL.TIMM{convert}"
         )
     trunk.load_state_dict(state, strict=False)
     logger.info(f"the backbone starts from {weights} ({len(wanted)} tensors)")
@@ -148,10 +156,15 @@ def _absent_stages(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
     """
     The last stages of a backbone that another one does not have at all.
     """
-    there = {name.split(".")[0] for name in found}
-    stages = list(dict.fromkeys(name.split(".")[0] for name in wanted))
+    there = {_stage(name) for name in found}
+    stages = list(dict.fromkeys(_stage(name) for name in wanted))
     common = [stage for stage in stages if stage in there]
     return stages[len(common) :] if common and common == stages[: len(common)] else []
+
+
+def _stage(name: str) -> str:
+    # Networks of timm are one module.
+    return name.removeprefix("net.").split(".")[0]
 
 
 def _trunk_prefix(names: Iterable[str]) -> str:
@@ -165,11 +178,9 @@ def _part(state: Mapping[str, _T], prefix: str) -> dict[str, _T]:
 
 def _misfits(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> list[str]:
     # A network that stops earlier does not have the last stages at all, nor a classifier.
-    own = {name.split(".")[0] for name in wanted}
+    own = {_stage(name) for name in wanted}
     left_over = [
-        name
-        for name in found
-        if name not in wanted and name.split(".")[0] in own and ".fc." not in name
+        name for name in found if name not in wanted and _stage(name) in own and ".fc." not in name
     ]
     return [name for name in wanted if found.get(name) != wanted[name]] + left_over
 

@@ -44,6 +44,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         overrides={"rho_scale": {"weight_decay": 0.0}},
     )
+    if solver.BACKBONE_MULTIPLIER != 1:
+        params = list(backbone_groups(params, model, solver.BACKBONE_MULTIPLIER))
     momentum = {"momentum": solver.MOMENTUM}
     fused = {"fused": True} if solver.FUSED and _all_on_cuda(model) else {}
     choices = {
@@ -81,6 +83,22 @@ def lars_groups(groups: list[dict]) -> Iterator[dict]:
             yield {**group, "params": adapted, "always_adapt": True}
         if others:
             yield {**group, "params": others, "always_adapt": False, "weight_decay": 0.0}
+
+
+def backbone_groups(groups: list[dict], model: nn.Module, factor: float) -> Iterator[dict]:
+    """
+    Parameter groups in which the image backbone has its own learning rate: ``factor`` times that of
+    its group. An FPN on it is not part of it.
+    """
+    backbone = getattr(model, "visual_encoder", None) or model.backbone
+    own = set(getattr(backbone, "bottom_up", backbone).parameters())
+    for group in groups:
+        inside = [value for value in group["params"] if value in own]
+        outside = [value for value in group["params"] if value not in own]
+        if inside:
+            yield {**group, "params": inside, "lr": factor * group["lr"]}
+        if outside:
+            yield {**group, "params": outside}
 
 
 def _all_on_cuda(model: nn.Module) -> bool:

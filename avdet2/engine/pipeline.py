@@ -14,12 +14,16 @@ from detectron2.config import CfgNode
 
 from avdet2.config_file import flat_items, load_cfg
 from avdet2.engine.defaults import as_started, use_own_videos
+from avdet2.engine.hand_over import TIMM_WEIGHTS
 from avdet2.engine.stages import FINAL, stage_kind
 from avdet2.engine.stages.base import WEIGHTS
+from avdet2.engine.stages.localizer import AUDIO_WEIGHTS
 from avdet2.engine.stages.self_box_detector import LOCALIZER_CONFIG, LOCALIZER_WEIGHTS
 from avdet2.evaluation.build import results_file
 
 BACKBONE_WEIGHTS = "MODEL.LOCALIZER.BACKBONE_WEIGHTS"
+# Weights from elsewhere.
+STARTS = (WEIGHTS, BACKBONE_WEIGHTS, TIMM_WEIGHTS, AUDIO_WEIGHTS)
 # Begin the keys that may differ when a stage goes on, and those that only its evaluation reads.
 FREE = (
     "DATALOADER.NUM_WORKERS",
@@ -313,7 +317,7 @@ def _comparable(cfg: CfgNode) -> dict[str, str]:
     """
     values = dict(flat_items(cfg))
     root = os.path.dirname(os.path.abspath(cfg.OUTPUT_DIR))
-    for key in (LOCALIZER_CONFIG, LOCALIZER_WEIGHTS, BACKBONE_WEIGHTS, WEIGHTS):
+    for key in (LOCALIZER_CONFIG, LOCALIZER_WEIGHTS, *STARTS):
         # That of "" is the current folder.
         path = os.path.abspath(values[key]) if values[key] else ""
         folder, name = os.path.split(path)
@@ -322,7 +326,7 @@ def _comparable(cfg: CfgNode) -> dict[str, str]:
             values[key] = os.path.relpath(path, root)
         # Weights from elsewhere are read once, and may have been moved or deleted since. Those of a
         # run are told apart by its folder, as every run gives them the same name.
-        elif key in (WEIGHTS, BACKBONE_WEIGHTS):
+        elif key in STARTS:
             is_run = name == FINAL
             values[key] = os.path.join(os.path.basename(folder), name) if is_run else name
     # Lists and tuples are the same.

@@ -9,3 +9,7 @@ from avdet2.modeling.tf_stem import (  # noqa: F401
     build_tf_stem_resnet_backbone,
     build_tf_stem_resnet_fpn_backbone,
 )
+from avdet2.modeling.timm_backbone import (  # noqa: F401
+    build_timm_backbone,
+    build_timm_fpn_backbone,
+)

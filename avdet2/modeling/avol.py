@@ -119,10 +119,16 @@ def build_avol_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> AVOLEncoder:
 @BACKBONE_REGISTRY.register()
 def build_avol_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
-    A stock FPN on AVOL-Net (cfg.MODEL.FPN.IN_FEATURES of cfg.MODEL.AVOL), with one more level by
-    max-pooling: a detector's backbone that can start from a localizer's visual encoder.
+    :func:`build_fpn` on AVOL-Net (cfg.MODEL.FPN.IN_FEATURES of cfg.MODEL.AVOL): a detector's backbone
+    that can start from a localizer's visual encoder.
     """
-    bottom_up = build_avol_backbone(cfg, input_shape)
+    return build_fpn(cfg, build_avol_backbone(cfg, input_shape))
+
+
+def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """
+    A stock FPN (cfg.MODEL.FPN) on any backbone, with one more level by max-pooling.
+    """
     top_block = LastLevelMaxPool()
     # Its default is p5, the last level of a ResNet.
     stride = bottom_up.output_shape()[cfg.MODEL.FPN.IN_FEATURES[-1]].stride

@@ -35,6 +35,11 @@ def replace_sync_bn(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.SyncBatchNorm):
+                if type(child) is not nn.SyncBatchNorm:
+                    raise ValueError(
+                        f"{name} is a {type(child).__name__}, which is for GPUs only: set "
+                        "MODEL.TIMM.NORM (MODEL.LOCALIZER.NORM of an audio encoder) BN"
+                    )
                 new = AnySyncBatchNorm(child.num_features, child.eps, child.momentum)
                 # The very same tensors.
                 new._parameters, new._buffers = child._parameters, child._buffers

@@ -23,6 +23,7 @@ _HEATMAP_KEYS = (
     "MODEL.BACKBONE.NAME",
     "MODEL.AVOL.",
     "MODEL.RESNETS.",
+    "MODEL.TIMM.",
     "MODEL.FPN.",
     "MODEL.LOCALIZER.AUDIO_ENCODER.",
     "MODEL.LOCALIZER.OBJECT_DICTIONARY",
@@ -43,8 +44,18 @@ def heatmap_config(cfg: CfgNode) -> dict[str, Any]:
         dict: values by key, such as "INPUT.AV.FRAME_SIZE".
     """
     own = {f"MODEL.LOCALIZER.{key}" for key in build_objective(cfg.MODEL.LOCALIZER).heatmap_keys}
-    items = flat_items(cfg)
-    return {key: value for key, value in items if key in own or key.startswith(_HEATMAP_KEYS)}
+    return {
+        key: value
+        for key, value in flat_items(cfg)
+        if (key in own or key.startswith(_HEATMAP_KEYS)) and _is_read(key, cfg)
+    }
+
+
+def _is_read(key: str, cfg: CfgNode) -> bool:
+    if ".TIMM." not in key:
+        return True
+    name = cfg.MODEL.LOCALIZER.AUDIO_ENCODER.NAME if ".AUDIO_" in key else cfg.MODEL.BACKBONE.NAME
+    return "timm" in name.lower() and not key.endswith(".WEIGHTS")
 
 
 def load_localizer(

@@ -17,12 +17,18 @@ from detectron2.data import (
 )
 from detectron2.engine import HookBase
 
-from avdet2.checkpoint.pixel_settings import Start
+from avdet2.checkpoint.pixel_settings import BACKBONES, Start
+from avdet2.checkpoint.timm_weights import OF_TIMM, timm_settings
 from avdet2.checkpoint.whole import FINAL
 from avdet2.data.clips import check_left_out, training_clips
 from avdet2.data.loaders import build_list_loader
 from avdet2.engine.config_rules import check_values
-from avdet2.engine.hand_over import check_backbone, init_backbone, open_weights
+from avdet2.engine.hand_over import (
+    TIMM_WEIGHTS,
+    check_backbone,
+    init_backbone,
+    open_weights,
+)
 from avdet2.evaluation.build import check_evaluation, check_registered
 from avdet2.evaluation.naming.cluster_names import ClusterNames
 
@@ -75,7 +81,18 @@ class StageKind:
         if node.SELF_BOX.INIT_BACKBONE:
             key = "MODEL.SELF_BOX.LOCALIZER_WEIGHTS (INIT_BACKBONE)"
             starts.append(Start(key, node.SELF_BOX.LOCALIZER_WEIGHTS, ("visual_encoder.",)))
-        return starts
+            return starts
+        return [*starts, *self.timm_starts()]
+
+    def timm_starts(self) -> list[Start]:
+        """
+        Published weights of a backbone of timm, where MODEL.WEIGHTS are empty.
+        """
+        node = self.cfg.MODEL
+        if node.WEIGHTS or "timm" not in node.BACKBONE.NAME or not node.TIMM.WEIGHTS:
+            return []
+        settings = timm_settings(node.TIMM.NAME)
+        return [Start(TIMM_WEIGHTS, node.TIMM.WEIGHTS, BACKBONES, settings)]
 
     def hand_over(self, model: nn.Module) -> None:
         """
@@ -119,7 +136,11 @@ class StageKind:
         """
         Keys and paths of the files that a training reads.
         """
-        return [(start.key, start.weights) for start in self.starts() if start.weights]
+        return [
+            (start.key, start.weights)
+            for start in self.starts()
+            if start.weights not in ("", OF_TIMM)
+        ]
 
     def check_clips(self) -> None:
         """

@@ -16,7 +16,8 @@ from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import HookBase
 
-from avdet2.checkpoint.pixel_settings import BACKBONES, Start
+from avdet2.checkpoint.pixel_settings import BACKBONES, Start, WeightSettings
+from avdet2.checkpoint.timm_weights import load_timm_weights
 from avdet2.data import AVMapper
 from avdet2.data.clips import training_clips
 from avdet2.data.loaders import build_pair_loader
@@ -39,6 +40,7 @@ from avdet2.self_boxes.inference import ReadableLoader
 
 logger = logging.getLogger(__name__)
 
+AUDIO_WEIGHTS = "MODEL.LOCALIZER.AUDIO_ENCODER.TIMM.WEIGHTS"
 ADVICE = (
     "MODEL.WEIGHTS are for a whole localizer; for its visual encoder alone set "
     "MODEL.LOCALIZER.BACKBONE_WEIGHTS. "
@@ -65,6 +67,12 @@ class LocalizerStage(StageKind):
         if node.LOCALIZER.BACKBONE_WEIGHTS:
             key = "MODEL.LOCALIZER.BACKBONE_WEIGHTS"
             starts.append(Start(key, node.LOCALIZER.BACKBONE_WEIGHTS, BACKBONES))
+        else:
+            starts += self.timm_starts()
+        audio = node.LOCALIZER.AUDIO_ENCODER
+        if audio.NAME == "TimmAudioEncoder" and audio.TIMM.WEIGHTS and not node.WEIGHTS:
+            # It sees no pixels.
+            starts.append(Start(AUDIO_WEIGHTS, audio.TIMM.WEIGHTS, (), WeightSettings({}, None)))
         return starts
 
     def hand_over(self, model: AVLocalizer) -> None:
@@ -78,6 +86,8 @@ class LocalizerStage(StageKind):
         for start in others:
             if is_whole:
                 logger.info(f"MODEL.WEIGHTS are a whole localizer: {start.weights} is not used")
+            elif start.key == AUDIO_WEIGHTS:
+                load_timm_weights(model.audio_encoder, start.weights, start.key)
             else:
                 init_backbone(model.visual_encoder, start.weights, start.key)
 
