@@ -450,3 +450,20 @@ def test_a_backbone_from_simclr_is_simclr_s(name, tmp_path):
             "MODEL.AVOL.POOLS",
         ):
             assert _get(cfg, key) == _get(source, key), key
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("quick_schedules/synthetic_pipeline.yaml", "grabcut"),
+        ("quick_schedules/own_videos_pipeline.yaml", "grabcut"),
+        ("quick_schedules/photos_pipeline.yaml", "grabcut"),
+        # The paper's method.
+        ("quick_schedules/synthetic_table1.yaml", ""),
+        ("pipeline_K39.yaml", ""),
+    ],
+)
+def test_all_stages_of_a_pipeline_make_self_boxes_in_one_way(name, expected):
+    stages = make_stages(str(CONFIGS / name), [])
+    assert len(stages) >= 4
+    assert {stage.cfg.MODEL.SELF_BOX.REFINE for stage in stages} == {expected}
