@@ -24,6 +24,7 @@ def add_avdet2_config(cfg: CN) -> None:
     _add_spectrogram(cfg)
     _add_self_labels(cfg)
     _add_self_boxes(cfg)
+    _add_rounds(cfg)
     _add_solver(cfg)
     _add_test(cfg)
     _add_distributed(cfg)
@@ -280,6 +281,30 @@ def _add_self_boxes(cfg: CN) -> None:
     cfg.MODEL.SELECTIVE_SEARCH.MODE = "fast"
     cfg.MODEL.SELECTIVE_SEARCH.SIZE = 256
     cfg.MODEL.SELECTIVE_SEARCH.MAX_BOXES = 100
+
+
+def _add_rounds(cfg: CN) -> None:
+    # The detector of the round before, which teaches along with the self-boxes: the config.yaml
+    # that its training wrote, and its checkpoint. Empty: self-boxes alone teach (the paper).
+    cfg.MODEL.SELF_BOX.DETECTOR = CN()
+    node = cfg.MODEL.SELF_BOX.DETECTOR
+    node.CONFIG = ""
+    node.WEIGHTS = ""
+    # Its boxes teach that score at least so much.
+    node.SCORE_THRESH = 0.5
+    # Boxes that overlap by more than this IoU are of one object. Where one is a self-box, the class
+    # is the self-box's, and KEEP says whose box it is: "detector" or "self".
+    node.MERGE_IOU = 0.5
+    node.KEEP = "detector"
+    # What a box of the detector's teaches the ROI heads weighs as much as its score; False: 1.
+    # MODEL.ROI_HEADS.NAME must then be DropLossROIHeads.
+    node.SCORE_WEIGHTS = False
+    # Proposals (anchors) of the background have no loss where they overlap all boxes that teach by
+    # less than this IoU: they may be objects that nobody has found (DropLoss of CutLER, with 0.01).
+    # For MODEL.ROI_HEADS.NAME DropLossROIHeads and MODEL.PROPOSAL_GENERATOR.NAME DropLossRPN. 0:
+    # the stock losses.
+    cfg.MODEL.ROI_HEADS.DROP_LOSS_IOU = 0.0
+    cfg.MODEL.RPN.DROP_LOSS_IOU = 0.0
 
 
 def _add_solver(cfg: CN) -> None:

@@ -30,8 +30,8 @@ def write_cluster_file(stages: Sequence[Stage], folder: str) -> str | None:
     labels of its training clips, else by number. A file that a person has edited stays as it is.
 
     Args:
-        stages: of the pipeline. Its detector is the one of this name, else the last one that learns
-            self-labels.
+        stages: of the pipeline. Its detector is that of the last round, else the one called
+            detector, else the last one that learns self-labels.
         folder: the pipeline's OUTPUT_DIR.
 
     Returns:
@@ -40,7 +40,9 @@ def write_cluster_file(stages: Sequence[Stage], folder: str) -> str | None:
     detectors = [stage for stage in stages if _learns_clusters(stage.cfg) and stage.is_trained()]
     if not detectors:
         return None
-    stage = next((stage for stage in detectors if stage.name == "detector"), detectors[-1])
+    rounds = [stage for stage in detectors if stage.kind.is_further_round]
+    called = [stage for stage in detectors if stage.name == "detector"]
+    stage = (rounds or called or detectors)[-1]
     path = os.path.join(folder, FILE_NAME)
     if os.path.isfile(path) and ClusterFile.is_edited(path):
         logger.info(f"{path} has been edited, and stays as it is")

@@ -74,6 +74,11 @@ def _has_clusters(number: int, cfg: CfgNode) -> bool:
     return number >= (2 if is_read else 1)
 
 
+def _weighs(value: float, cfg: CfgNode) -> bool:
+    # Other heads would leave it out silently.
+    return not value or (0 < value <= 1 and cfg.MODEL.ROI_HEADS.NAME == "DropLossROIHeads")
+
+
 _PAIR = Rule(lambda pair, _: len(pair) == 2 and isinstance(pair[0], str), "a name and a value")
 _LOCALIZER, _SOUND = "MODEL.LOCALIZER.", "MODEL.LOCALIZER.SPECTROGRAM."
 _LABEL = "MODEL.LOCALIZER.SELF_LABEL."
@@ -143,7 +148,16 @@ RULES: dict[str, Rule] = {
     "MODEL.SELF_BOX.REFINE": one_of(("", "grabcut")),
     "MODEL.SELF_BOX.REFINE_SIZE": at_least(16),
     "MODEL.SELF_BOX.LABELS": one_of(("none", "self", "video")),
+    "MODEL.SELF_BOX.DETECTOR.SCORE_THRESH": within(0, 1),
+    "MODEL.SELF_BOX.DETECTOR.MERGE_IOU": within(0, 1),
+    "MODEL.SELF_BOX.DETECTOR.KEEP": one_of(("detector", "self")),
+    "MODEL.SELF_BOX.DETECTOR.SCORE_WEIGHTS": Rule(_weighs, "False, but for DropLossROIHeads"),
     "MODEL.CENTER_BOX.SIZE_RANGE": a_range(0, 1),
+    "MODEL.ROI_HEADS.DROP_LOSS_IOU": Rule(_weighs, "0, but for DropLossROIHeads"),
+    "MODEL.RPN.DROP_LOSS_IOU": Rule(
+        lambda iou, cfg: not iou or cfg.MODEL.PROPOSAL_GENERATOR.NAME == "DropLossRPN",
+        "0, but for MODEL.PROPOSAL_GENERATOR.NAME DropLossRPN",
+    ),
     "MODEL.ROI_HEADS.NUM_CLASSES": at_least(1),
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": at_least(1),
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": within(0, 1),

@@ -18,12 +18,19 @@ from avdet2.engine.hand_over import TIMM_WEIGHTS
 from avdet2.engine.stages import FINAL, stage_kind
 from avdet2.engine.stages.base import WEIGHTS
 from avdet2.engine.stages.localizer import AUDIO_WEIGHTS
-from avdet2.engine.stages.self_box_detector import LOCALIZER_CONFIG, LOCALIZER_WEIGHTS
+from avdet2.engine.stages.self_box_detector import (
+    DETECTOR_CONFIG,
+    DETECTOR_WEIGHTS,
+    LOCALIZER_CONFIG,
+    LOCALIZER_WEIGHTS,
+)
 from avdet2.evaluation.build import results_file
 
 BACKBONE_WEIGHTS = "MODEL.LOCALIZER.BACKBONE_WEIGHTS"
 # Weights from elsewhere.
 STARTS = (WEIGHTS, BACKBONE_WEIGHTS, TIMM_WEIGHTS, AUDIO_WEIGHTS)
+# Files of the models that teach a stage.
+TEACHERS = (LOCALIZER_CONFIG, LOCALIZER_WEIGHTS, DETECTOR_CONFIG, DETECTOR_WEIGHTS)
 # Begin the keys that may differ when a stage goes on, and those that only its evaluation reads.
 FREE = (
     "DATALOADER.NUM_WORKERS",
@@ -317,7 +324,7 @@ def _comparable(cfg: CfgNode) -> dict[str, str]:
     """
     values = dict(flat_items(cfg))
     root = os.path.dirname(os.path.abspath(cfg.OUTPUT_DIR))
-    for key in (LOCALIZER_CONFIG, LOCALIZER_WEIGHTS, *STARTS):
+    for key in (*TEACHERS, *STARTS):
         # That of "" is the current folder.
         path = os.path.abspath(values[key]) if values[key] else ""
         folder, name = os.path.split(path)

@@ -171,8 +171,9 @@ class RunFolder:
         self.stages = sorted(map(FinishedStage, folders), key=_order)
         trained = [stage for stage in self.stages if stage.is_trained]
         detectors = [stage for stage in trained if stage.detects_clusters]
+        rounds = [stage for stage in detectors if stage.kind.is_further_round]
         named = [stage for stage in detectors if stage.name == "detector"]
-        self.detector = (named or detectors or [None])[-1]
+        self.detector = (rounds or named or detectors or [None])[-1]
         localizers = {stage.name: stage for stage in trained if stage.has_clusters}
         if not localizers:
             raise ValueError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_stages import TABLE, evaluate, stages_of, train
+from pipeline_stages import ROUNDS, TABLE, evaluate, stages_of, train
 
 from avdet2.engine.cluster_naming import names_of_stage, write_cluster_file
 from avdet2.engine.stages.self_box_detector import SelfBoxDetectorStage
@@ -89,6 +89,13 @@ def test_clips_that_cannot_be_read_cost_no_names(stages, tmp_path, monkeypatch, 
 def test_nothing_is_written_without_a_detector(tmp_path):
     assert write(stages_of(tmp_path / "run", config=TABLE), tmp_path) is None
     assert list(tmp_path.glob("clusters.json")) == []
+
+
+def test_the_last_round_is_the_detector(stages, tmp_path):
+    assert ClusterFile.read(write(stages, tmp_path)).detector == "detector"
+    rounds = stages_of(tmp_path, "MODEL.LOCALIZER.NUM_CLUSTERS", "4", config=ROUNDS)
+    train(rounds["detector_round2"])
+    assert ClusterFile.read(write(rounds, tmp_path)).detector == "detector_round2"
 
 
 def test_an_edited_file_stays(stages, tmp_path, caplog):

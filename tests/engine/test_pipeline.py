@@ -11,6 +11,7 @@ from pipeline_stages import (
     BACKBONES,
     CONFIGS,
     PIPELINE,
+    ROUNDS,
     SIMCLR,
     TABLE,
     evaluate,
@@ -42,6 +43,34 @@ def test_stages_hand_weights_on(tmp_path):
         node = stages[name].cfg.MODEL.SELF_BOX
         assert node.LOCALIZER_WEIGHTS == final["localizer_joint"]
         assert node.LOCALIZER_CONFIG == str(tmp_path / "localizer_joint" / "config.yaml")
+
+
+def test_each_round_is_taught_by_the_one_before(tmp_path):
+    stages = stages_of(tmp_path, "MODEL.LOCALIZER.NUM_CLUSTERS", "5", config=ROUNDS)
+    chain = ["detector_warmup", "detector", "detector_round2", "detector_round3"]
+    for before, name in zip(chain, chain[1:]):
+        cfg, final = stages[name].cfg, str(tmp_path / before / "model_final.pth")
+        node = cfg.MODEL.SELF_BOX.DETECTOR
+        assert cfg.MODEL.WEIGHTS == final and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 5
+        if name != "detector":
+            assert node.WEIGHTS == final
+            assert node.CONFIG == str(tmp_path / before / "config.yaml")
+            assert ("MODEL.SELF_BOX.DETECTOR.WEIGHTS", final) in stages[name].kind.files()
+        else:
+            assert node.WEIGHTS == node.CONFIG == ""
+        localizer = str(tmp_path / "localizer_joint" / "model_final.pth")
+        assert cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS == localizer
+    found = [stage.name for stage in needed(list(stages.values()), ["detector_round2"])]
+    assert found == list(stages)[:-1]
+
+
+def test_a_round_goes_on_after_the_pipeline_has_moved(tmp_path):
+    for name, stage in stages_of(tmp_path / "old", config=ROUNDS).items():
+        if name.startswith("detector"):
+            train(stage)
+    (tmp_path / "old").rename(tmp_path / "new")
+    for stage in stages_of(tmp_path / "new", config=ROUNDS).values():
+        stage.check_unchanged()
 
 
 def test_stages_have_folders_of_their_own(tmp_path):

@@ -58,6 +58,26 @@ def detector(*args):
     return _detector("detector", *args, "MODEL.ROI_HEADS.NUM_CLASSES", "2")
 
 
+def next_round(tiny_av, folder, teacher, *opts):
+    """
+    Taught by a detector that has learned nothing: most of what it finds are new boxes.
+    """
+    names = ("CONFIG", "config.yaml"), ("WEIGHTS", "model_final.pth")
+    before = teacher.parent / "detector"
+    if not before.exists():
+        cfg = detector(tiny_av, before, teacher, "SOLVER.MAX_ITER", "1")
+        before.mkdir()
+        (before / "config.yaml").write_text(cfg.dump())
+        AVTrainer(cfg).train()
+    words = [
+        x for key, name in names for x in (f"MODEL.SELF_BOX.DETECTOR.{key}", str(before / name))
+    ]
+    words += ["MODEL.SELF_BOX.DETECTOR.SCORE_THRESH", "0.3", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    words += ["MODEL.SELF_BOX.DETECTOR.SCORE_WEIGHTS", "True"]
+    words += ["MODEL.ROI_HEADS.NAME", "DropLossROIHeads", "MODEL.ROI_HEADS.DROP_LOSS_IOU", "0.01"]
+    return _detector("detector", tiny_av, folder, teacher, *words, *opts)
+
+
 def stock_detector(tiny_av, folder, teacher, *opts):
     """
     With Detectron2's own mapper, on images of both aspect ratios.
@@ -84,7 +104,7 @@ def _images(folder: Path) -> str:
     return name
 
 
-KINDS = [pretraining, joint_training, simclr, warmup, detector, stock_detector]
+KINDS = [pretraining, joint_training, simclr, warmup, detector, next_round, stock_detector]
 
 
 class Seen(AVTrainer):

@@ -14,6 +14,7 @@ PIPELINE = str(CONFIGS / "pipeline_K39.yaml")
 SIMCLR = str(CONFIGS / "pipeline_K39_simclr.yaml")
 BACKBONES = str(CONFIGS / "quick_schedules" / "synthetic_backbones.yaml")
 TABLE = str(CONFIGS / "quick_schedules" / "synthetic_table1.yaml")
+ROUNDS = str(CONFIGS / "quick_schedules" / "synthetic_rounds.yaml")
 ARGS = Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto")
 
 

@@ -48,7 +48,7 @@ class StageKind:
         needs_sound: whether it needs that of test images.
         is_evaluated: whether there are results. If not, it is done when it is trained.
         offers: what later stages of a pipeline may take from it: it is a "localizer", a
-            "backbone", a "warmup" of detectors, or nothing ("").
+            "backbone", a "warmup" of detectors, a "detector", or nothing ("").
         title: of its row in a table of results, made from the stage's name.
     """
 

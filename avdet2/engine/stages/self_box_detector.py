@@ -11,23 +11,27 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from detectron2.config import CfgNode
+from detectron2.engine import HookBase
 
 from avdet2.data.clips import check_left_out, training_clips
 from avdet2.data.loaders import build_list_loader
 from avdet2.engine.stages.base import FINAL, StageKind, last_weights, offering
 from avdet2.evaluation.naming.cluster_names import ClusterNames
 from avdet2.evaluation.naming.votes import frozen_votes
+from avdet2.self_boxes.detector_teacher import DetectorTeacher
 from avdet2.self_boxes.mapper import SelfBoxMapper
 
 LOCALIZER_CONFIG = "MODEL.SELF_BOX.LOCALIZER_CONFIG"
 LOCALIZER_WEIGHTS = "MODEL.SELF_BOX.LOCALIZER_WEIGHTS"
+DETECTOR_CONFIG = "MODEL.SELF_BOX.DETECTOR.CONFIG"
+DETECTOR_WEIGHTS = "MODEL.SELF_BOX.DETECTOR.WEIGHTS"
 NUM_CLASSES = "MODEL.ROI_HEADS.NUM_CLASSES"
 
 
 class SelfBoxDetectorStage(StageKind):
     """
     A stock detector. Where MODEL.SELF_BOX.LABELS is none, it has one class, and warms detectors of
-    more classes up.
+    more classes up. With MODEL.SELF_BOX.DETECTOR it is a further round.
     """
 
     mapper = "SelfBoxMapper"
@@ -40,6 +44,17 @@ class SelfBoxDetectorStage(StageKind):
         clips, _ = training_clips(self.cfg.DATASETS.TRAIN)
         return build_list_loader(self.cfg, clips, SelfBoxMapper(self.cfg))
 
+    def build_hooks(self, model: nn.Module) -> list[HookBase]:
+        return [DetectorTeacher(self.cfg, model)] if self.is_further_round else []
+
+    @property
+    def is_further_round(self) -> bool:
+        """
+        Whether another detector teaches along with the self-boxes.
+        """
+        node = self.cfg.MODEL.SELF_BOX.DETECTOR
+        return bool(node.CONFIG or node.WEIGHTS)
+
     def class_names(self, model: nn.Module) -> ClusterNames:
         return ClusterNames(self.cfg, self.names_kind, partial(frozen_votes, self.cfg))
 
@@ -50,20 +65,25 @@ class SelfBoxDetectorStage(StageKind):
 
     def files(self) -> list[tuple[str, str]]:
         node = self.cfg.MODEL.SELF_BOX
-        teacher = [(LOCALIZER_CONFIG, node.LOCALIZER_CONFIG)]
-        return [*super().files(), *teacher, (LOCALIZER_WEIGHTS, node.LOCALIZER_WEIGHTS)]
+        files = [(LOCALIZER_CONFIG, node.LOCALIZER_CONFIG)]
+        files.append((LOCALIZER_WEIGHTS, node.LOCALIZER_WEIGHTS))
+        if self.is_further_round:
+            files.append((DETECTOR_CONFIG, node.DETECTOR.CONFIG))
+            files.append((DETECTOR_WEIGHTS, node.DETECTOR.WEIGHTS))
+        return [*super().files(), *files]
 
     def check_clips(self) -> None:
         check_left_out(self.cfg.DATASETS.TRAIN, self.cfg.DATASETS.MAX_LEFT_OUT)
 
     @property
     def offers(self) -> str:
-        return "warmup" if self.cfg.MODEL.SELF_BOX.LABELS == "none" else ""
+        return "warmup" if self.cfg.MODEL.SELF_BOX.LABELS == "none" else "detector"
 
     def links(self, before: Sequence[StageKind]) -> list[str]:
         """
         A detector learns from the last localizer, and has as many classes as that has clusters. It
-        goes on from the last warm-up. A warm-up starts from the last backbone, unless
+        goes on from the last warm-up; a further round from the last detector, which teaches it. A
+        warm-up starts from the last backbone, unless
         MODEL.SELF_BOX.INIT_BACKBONE (from the localizer) or weights of its own say otherwise.
         """
         node, localizers = self.cfg.MODEL.SELF_BOX, offering(before, "localizer")
@@ -74,6 +94,11 @@ class SelfBoxDetectorStage(StageKind):
             opts += [LOCALIZER_WEIGHTS, teacher.weights]
             if node.LABELS == "self":
                 opts += [NUM_CLASSES, str(teacher.cfg.MODEL.LOCALIZER.NUM_CLUSTERS)]
+        detectors = offering(before, "detector")
+        if self.is_further_round and detectors:
+            taught_by = detectors[-1]
+            opts += [DETECTOR_CONFIG, os.path.join(taught_by.cfg.OUTPUT_DIR, "config.yaml")]
+            return opts + [DETECTOR_WEIGHTS, taught_by.weights] + last_weights(detectors)
         if node.LABELS != "none":
             return opts + last_weights(offering(before, "warmup"))
         opts += [NUM_CLASSES, "1"]

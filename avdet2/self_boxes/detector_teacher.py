@@ -1,0 +1,136 @@
+# Copyright (c) avdet2 authors. Licensed under Apache 2.0.
+"""
+The detector of the round before as a teacher: what it finds in a training image is merged with the
+self-boxes, so that further and silent objects teach the next detector.
+
+It runs on the batch, on the model's device, and not in the mapper: it sees the very windows that
+are trained on, in their resolution, and nothing is stored that a changed key would make stale.
+"""
+
+import torch
+from torch import nn
+from torchvision.ops import nms
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils.events import get_event_storage
+
+from avdet2.checkpoint.checkpointer import WholeCheckpointer
+from avdet2.config_file import load_cfg
+
+
+class DetectorTeacher(HookBase):
+    """
+    Lets a model train on merged boxes, from the start of the training to its end.
+
+    It logs, in boxes per image, `round/self_boxes` (of the mapper) and `round/new_boxes` (that the
+    detector adds), and as a share `round/confirmed`: self-boxes that it finds, too, in their class.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
+        """
+        Args:
+            cfg: of the model.
+            model: a detector, which takes a list of {"image", "instances", "height", "width"}.
+        """
+        self.node, self.num_classes = cfg.MODEL.SELF_BOX.DETECTOR, cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        self.student = model
+
+    def before_train(self) -> None:
+        device = next(self.student.parameters()).device
+        self.detector = load_detector(self.node, self.num_classes, str(device))
+        self._handle = self.student.register_forward_pre_hook(self._teach)
+
+    def after_train(self) -> None:
+        self._handle.remove()
+
+    def _teach(self, student: nn.Module, args: tuple[list[dict]]) -> list[dict] | None:
+        if not student.training:
+            return None
+        (batch,), node = args, self.node
+        with torch.no_grad():
+            found = [output["instances"].to("cpu") for output in self.detector(batch)]
+        own = [sample["instances"] for sample in batch]
+        merged = [
+            merge_boxes(one, other, node.MERGE_IOU, node.KEEP, node.SCORE_WEIGHTS)
+            for one, other in zip(own, found)
+        ]
+        confirmed = sum(is_confirmed(x, y, node.MERGE_IOU) for x, y in zip(own, found))
+        total, storage = sum(map(len, own)), get_event_storage()
+        storage.put_scalar("round/self_boxes", total / len(batch))
+        storage.put_scalar("round/new_boxes", (sum(map(len, merged)) - total) / len(batch))
+        storage.put_scalar("round/confirmed", confirmed / max(total, 1))
+        return [{**sample, "instances": boxes} for sample, boxes in zip(batch, merged)]
+
+
+def load_detector(node: CfgNode, num_classes: int, device: str) -> nn.Module:
+    """
+    A finished detector in eval mode without gradients.
+
+    Args:
+        node: MODEL.SELF_BOX.DETECTOR.
+        num_classes: that it must have.
+        device: where it shall live.
+
+    Raises:
+        ValueError: it has other classes, or its weights do not fit its config.
+    """
+    cfg = load_cfg(node.CONFIG)
+    cfg.MODEL.DEVICE = device
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES != num_classes:
+        raise ValueError(
+            f"MODEL.SELF_BOX.DETECTOR.CONFIG {node.CONFIG} has {cfg.MODEL.ROI_HEADS.NUM_CLASSES} "
+            f"classes, but MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: a detector can only be "
+            "taught by one of the same classes"
+        )
+    for part in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
+        part.SCORE_THRESH_TEST = node.SCORE_THRESH
+    model = build_model(cfg)
+    WholeCheckpointer(model).load(node.WEIGHTS)
+    return model.eval().requires_grad_(False)
+
+
+def merge_boxes(
+    own: Instances, found: Instances, iou: float, keep: str, score_weights: bool = False
+) -> Instances:
+    """
+    Self-boxes and what a detector finds, each object once.
+
+    A self-box and the detector's box that overlaps it most are of one object, where they overlap
+    enough: its class is the self-box's, which is from the sound. All other boxes of the detector
+    that overlap no self-box enough, and no better one of its own, are further objects.
+
+    Args:
+        own: self-boxes, with gt_boxes and gt_classes.
+        found: with pred_boxes, scores and pred_classes, on the same device.
+        iou: what overlaps by more is one object.
+        keep: whose box an object gets that both have: "detector" or "self".
+        score_weights: give the boxes gt_weights: the detector's scores; 1 of self-boxes.
+
+    Returns:
+        Instances: gt_boxes and gt_classes, first of the self-boxes, in their order.
+    """
+    # Its own suppression is within a class.
+    found = found[nms(found.pred_boxes.tensor, found.scores, iou)]
+    overlaps = pairwise_iou(own.gt_boxes, found.pred_boxes)
+    boxes, new = own.gt_boxes.tensor, found[(overlaps <= iou).all(dim=0)]
+    if len(found) and keep == "detector":
+        most, best = overlaps.max(dim=1)
+        boxes = torch.where((most > iou)[:, None], found.pred_boxes.tensor[best], boxes)
+    merged = Instances(own.image_size)
+    merged.gt_boxes = Boxes(torch.cat([boxes, new.pred_boxes.tensor]))
+    merged.gt_classes = torch.cat([own.gt_classes, new.pred_classes])
+    if score_weights:
+        merged.gt_weights = torch.cat([torch.ones(len(own), device=boxes.device), new.scores])
+    return merged
+
+
+def is_confirmed(own: Instances, found: Instances, iou: float) -> int:
+    """
+    The number of self-boxes that a box of the same class overlaps by more than an IoU.
+    """
+    same = own.gt_classes[:, None] == found.pred_classes
+    overlaps = pairwise_iou(own.gt_boxes, found.pred_boxes)
+    return int(((overlaps > iou) & same).any(dim=1).sum())
