@@ -299,6 +299,10 @@ def _add_rounds(cfg: CN) -> None:
     # What a box of the detector's teaches the ROI heads weighs as much as its score; False: 1.
     # MODEL.ROI_HEADS.NAME must then be DropLossROIHeads.
     node.SCORE_WEIGHTS = False
+    # A pipeline leaves a round out, and those after it, where its teacher agrees with its own
+    # teacher on more than this share of their boxes (on training images): there is nothing new to
+    # teach. 1: never.
+    node.MAX_AGREEMENT = 1.0
     # Proposals (anchors) of the background have no loss where they overlap all boxes that teach by
     # less than this IoU: they may be objects that nobody has found (DropLoss of CutLER, with 0.01).
     # For MODEL.ROI_HEADS.NAME DropLossROIHeads and MODEL.PROPOSAL_GENERATOR.NAME DropLossRPN. 0:

@@ -127,6 +127,9 @@ def run_stages(
         if stage.is_done():
             logger.info(f"{title} is done ({stage.folder})")
             continue
+        if stage.is_settled():
+            logger.info(f"{title} is left out: the rounds before it agree")
+            continue
         logger.info(f"{title} starts ({stage.config_file} -> {stage.folder})")
         start = time.perf_counter()
 

@@ -25,6 +25,7 @@ from avdet2.engine.stages.self_box_detector import (
     LOCALIZER_WEIGHTS,
 )
 from avdet2.evaluation.build import results_file
+from avdet2.self_boxes.detector_teacher import read_agreement
 
 BACKBONE_WEIGHTS = "MODEL.LOCALIZER.BACKBONE_WEIGHTS"
 # Weights from elsewhere.
@@ -76,7 +77,7 @@ class Stage:
         Raises:
             ValueError: the options do not fit together.
         """
-        self.name, self.config_file, self._number = name, config_file, len(before)
+        self.name, self.config_file, self._before = name, config_file, tuple(before)
         self.folder = os.path.join(root, name)
         given = stage_kind(load_cfg(config_file, shared + own))
         linked = given.links([stage.kind for stage in before])
@@ -132,6 +133,17 @@ class Stage:
         return os.path.isfile(results) and (
             self.eval_only or os.path.getmtime(results) >= os.path.getmtime(self.weights)
         )
+
+    def is_settled(self) -> bool:
+        """
+        Whether the rounds before it have come to agree, so that this one is left out.
+        """
+        node = self.cfg.MODEL.SELF_BOX.DETECTOR
+        teachers = [stage for stage in self._before if node.WEIGHTS == stage.weights]
+        if not teachers or self.is_trained():
+            return False
+        teacher = teachers[-1]
+        return teacher.is_settled() or read_agreement(teacher.folder) > node.MAX_AGREEMENT
 
     @property
     def dumped_config(self) -> str:
@@ -196,7 +208,7 @@ class Stage:
         url = args.dist_url
         host, colon, port = url.rpartition(":")
         if args.num_machines > 1 and port.isdecimal():
-            url = f"{host}{colon}{int(port) + self._number}"
+            url = f"{host}{colon}{int(port) + len(self._before)}"
         words += ["--machine-rank", str(args.machine_rank), "--dist-url", url]
         trained = not self.eval_only and self.is_trained()
         words.append("--eval-only" if self.eval_only or trained else "--resume")

@@ -7,6 +7,11 @@ It runs on the batch, on the model's device, and not in the mapper: it sees the 
 are trained on, in their resolution, and nothing is stored that a changed key would make stale.
 """
 
+import json
+import logging
+import os
+from collections import deque
+
 import torch
 from torch import nn
 from torchvision.ops import nms
@@ -15,10 +20,18 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from avdet2.checkpoint.checkpointer import WholeCheckpointer
 from avdet2.config_file import load_cfg
+from avdet2.utils.files import write_whole
+
+logger = logging.getLogger(__name__)
+
+AGREEMENT_FILE = "round.json"
+# The last batches of a training, on which both detectors are compared.
+COMPARED_BATCHES = 16
 
 
 class DetectorTeacher(HookBase):
@@ -27,6 +40,7 @@ class DetectorTeacher(HookBase):
 
     It logs, in boxes per image, `round/self_boxes` (of the mapper) and `round/new_boxes` (that the
     detector adds), and as a share `round/confirmed`: self-boxes that it finds, too, in their class.
+    At the end it writes to round.json how far the model that has been trained agrees with it.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
@@ -36,7 +50,8 @@ class DetectorTeacher(HookBase):
             model: a detector, which takes a list of {"image", "instances", "height", "width"}.
         """
         self.node, self.num_classes = cfg.MODEL.SELF_BOX.DETECTOR, cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        self.student = model
+        self.student, self.folder = model, cfg.OUTPUT_DIR
+        self._last: deque[tuple[list[dict], list[Instances]]] = deque(maxlen=COMPARED_BATCHES)
 
     def before_train(self) -> None:
         device = next(self.student.parameters()).device
@@ -45,6 +60,10 @@ class DetectorTeacher(HookBase):
 
     def after_train(self) -> None:
         self._handle.remove()
+        is_trained = self.trainer.iter >= self.trainer.max_iter
+        # There is no batch where a training went on from its last iteration.
+        if is_trained and self._last and comm.is_main_process():
+            self._compare()
 
     def _teach(self, student: nn.Module, args: tuple[list[dict]]) -> list[dict] | None:
         if not student.training:
@@ -52,17 +71,49 @@ class DetectorTeacher(HookBase):
         (batch,), node = args, self.node
         with torch.no_grad():
             found = [output["instances"].to("cpu") for output in self.detector(batch)]
+        self._last.append((batch, found))
         own = [sample["instances"] for sample in batch]
         merged = [
             merge_boxes(one, other, node.MERGE_IOU, node.KEEP, node.SCORE_WEIGHTS)
             for one, other in zip(own, found)
         ]
-        confirmed = sum(is_confirmed(x, y, node.MERGE_IOU) for x, y in zip(own, found))
+        confirmed = sum(
+            num_confirmed(x.gt_boxes, x.gt_classes, y, node.MERGE_IOU) for x, y in zip(own, found)
+        )
         total, storage = sum(map(len, own)), get_event_storage()
         storage.put_scalar("round/self_boxes", total / len(batch))
         storage.put_scalar("round/new_boxes", (sum(map(len, merged)) - total) / len(batch))
         storage.put_scalar("round/confirmed", confirmed / max(total, 1))
         return [{**sample, "instances": boxes} for sample, boxes in zip(batch, merged)]
+
+    def _compare(self) -> None:
+        was_training, pairs = self.student.training, []
+        self.student.eval()
+        with torch.no_grad():
+            for batch, found in self._last:
+                outputs = [output["instances"].to("cpu") for output in self.student(batch)]
+                least = self.node.SCORE_THRESH
+                pairs += [(x, y[y.scores >= least]) for x, y in zip(found, outputs)]
+        self.student.train(was_training)
+        share = agreement(pairs, self.node.MERGE_IOU)
+        content = {"agreement": share, "images": len(pairs)}
+        for name, found in zip(("teacher_boxes", "boxes"), zip(*pairs)):
+            content[name] = sum(map(len, found)) / len(pairs)
+        with write_whole(os.path.join(self.folder, AGREEMENT_FILE)) as part:
+            part.write_text(json.dumps(content, indent=1))
+        logger.info(f"this detector agrees with its teacher on {share:.1%} of their boxes")
+
+
+def read_agreement(folder: str) -> float:
+    """
+    How far the detector that was trained in a folder agrees with its teacher; 0 where that is not
+    known.
+    """
+    try:
+        with open(os.path.join(folder, AGREEMENT_FILE)) as f:
+            return json.load(f)["agreement"]
+    except FileNotFoundError:
+        return 0.0
 
 
 def load_detector(node: CfgNode, num_classes: int, device: str) -> nn.Module:
@@ -127,10 +178,23 @@ def merge_boxes(
     return merged
 
 
-def is_confirmed(own: Instances, found: Instances, iou: float) -> int:
+def num_confirmed(boxes: Boxes, classes: torch.Tensor, found: Instances, iou: float) -> int:
     """
-    The number of self-boxes that a box of the same class overlaps by more than an IoU.
+    The number of boxes that a found one of the same class overlaps by more than an IoU.
     """
-    same = own.gt_classes[:, None] == found.pred_classes
-    overlaps = pairwise_iou(own.gt_boxes, found.pred_boxes)
-    return int(((overlaps > iou) & same).any(dim=1).sum())
+    same = classes[:, None] == found.pred_classes
+    return int(((pairwise_iou(boxes, found.pred_boxes) > iou) & same).any(dim=1).sum())
+
+
+def agreement(pairs: list[tuple[Instances, Instances]], iou: float) -> float:
+    """
+    The share of two detectors' boxes that the other one has, too; 1 where there are none.
+
+    Args:
+        pairs: what both find in an image.
+        iou: see :func:`num_confirmed`.
+    """
+    both = [pair for x, y in pairs for pair in ((x, y), (y, x))]
+    common = sum(num_confirmed(x.pred_boxes, x.pred_classes, y, iou) for x, y in both)
+    total = sum(len(x) for x, _ in both)
+    return common / total if total else 1.0

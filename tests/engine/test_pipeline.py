@@ -64,6 +64,26 @@ def test_each_round_is_taught_by_the_one_before(tmp_path):
     assert found == list(stages)[:-1]
 
 
+def test_rounds_end_when_they_agree(tmp_path):
+    rounds = [f"detector_round{i} round2" for i in (2, 3, 4)]
+    names = ["joint joint", "warmup warmup", "detector detector", *rounds]
+    config = write_pipeline(tmp_path / "mine.yaml", *names)
+    stages = stages_of(tmp_path, "MODEL.SELF_BOX.DETECTOR.MAX_AGREEMENT", "0.9", config=config)
+
+    def left_out():
+        return [name for name, stage in stages.items() if stage.is_settled()]
+
+    train(stages["detector"])
+    train(stages["detector_round2"])
+    assert left_out() == []
+    (tmp_path / "detector_round2" / "round.json").write_text('{"agreement": 0.89}')
+    assert left_out() == []
+    (tmp_path / "detector_round2" / "round.json").write_text('{"agreement": 0.91}')
+    assert left_out() == ["detector_round3", "detector_round4"]
+    train(stages["detector_round3"])
+    assert left_out() == []
+
+
 def test_a_round_goes_on_after_the_pipeline_has_moved(tmp_path):
     for name, stage in stages_of(tmp_path / "old", config=ROUNDS).items():
         if name.startswith("detector"):

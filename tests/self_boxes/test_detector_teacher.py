@@ -11,9 +11,11 @@ from avdet2.config_file import load_cfg
 from avdet2.self_boxes import detector_teacher
 from avdet2.self_boxes.detector_teacher import (
     DetectorTeacher,
-    is_confirmed,
+    agreement,
     load_detector,
     merge_boxes,
+    num_confirmed,
+    read_agreement,
 )
 
 SIZE = (100, 100)
@@ -66,21 +68,36 @@ def test_new_boxes_weigh_as_much_as_their_scores():
 
 def test_a_self_box_is_confirmed_by_its_own_class():
     own, found = _own(), _found()
-    assert is_confirmed(own, found, 0.5) == 0
+    assert num_confirmed(own.gt_boxes, own.gt_classes, found, 0.5) == 0
     found.pred_classes[1] = 0
-    assert is_confirmed(own, found, 0.5) == 1
     # IoU 34 * 34 / 40 / 40 = 0.7225.
-    assert is_confirmed(own, found, 0.73) == 0
+    assert num_confirmed(own.gt_boxes, own.gt_classes, found, 0.72) == 1
+    assert num_confirmed(own.gt_boxes, own.gt_classes, found, 0.73) == 0
+
+
+def test_agreement_is_the_share_of_common_boxes():
+    # One of two against one of one; two against none.
+    assert agreement([(_found([0, 2]), _found([0]))], 0.5) == 2 / 3
+    assert agreement([(_found([0, 2]), _found([0])), (_found([2, 3]), _found([]))], 0.5) == 2 / 5
+    assert agreement([(_found([0]), _found([1]))], 0.5) == 0
+    assert agreement([(_found(), _found())], 0.5) == 1
+    assert agreement([(_found([]), _found([]))], 0.5) == 1
 
 
 class _Student(torch.nn.Linear):
+    """
+    In the end it finds the first two of the teacher's boxes, and a doubtful one.
+    """
+
     def forward(self, batch):
         self.seen = batch
-        return {}
+        found = _found()
+        found.scores = torch.tensor([0.9, 0.1, 0.7, 0.4])
+        return {} if self.training else [{"instances": found} for _ in batch]
 
 
-def _teacher(monkeypatch, **keys):
-    cfg = load_cfg("", [x for key, value in keys.items() for x in (key, value)])
+def _teacher(monkeypatch, folder):
+    cfg = load_cfg("", ["OUTPUT_DIR", str(folder)])
     detector = SimpleNamespace(calls=0)
 
     def find(batch):
@@ -92,8 +109,8 @@ def _teacher(monkeypatch, **keys):
     return DetectorTeacher(cfg, student), student, detector
 
 
-def test_it_teaches_from_the_start_of_a_training_to_its_end(monkeypatch):
-    teacher, student, detector = _teacher(monkeypatch)
+def test_it_teaches_from_the_start_of_a_training_to_its_end(monkeypatch, tmp_path):
+    teacher, student, detector = _teacher(monkeypatch, tmp_path)
     batch = [{"image": "a", "instances": _own()}, {"image": "b", "instances": _own()}]
     teacher.before_train()
     with EventStorage() as storage:
@@ -105,8 +122,17 @@ def test_it_teaches_from_the_start_of_a_training_to_its_end(monkeypatch):
     assert logged == {"round/self_boxes": 1.0, "round/new_boxes": 2.0, "round/confirmed": 0.0}
     student.eval()(batch)
     assert student.seen is batch
+    teacher.trainer = SimpleNamespace(iter=1, max_iter=2)
+    student.train()
     teacher.after_train()
-    student.train()(batch)
+    # A training that was stopped has not come to its end.
+    assert read_agreement(str(tmp_path)) == 0
+    teacher.trainer.iter = 2
+    teacher.after_train()
+    # Both of its boxes, and two of the teacher's four.
+    assert read_agreement(str(tmp_path)) == pytest.approx(4 / 6)
+    assert student.training
+    student(batch)
     assert student.seen is batch and detector.calls == 1
 
 
