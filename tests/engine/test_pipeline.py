@@ -66,7 +66,7 @@ def test_each_round_is_taught_by_the_one_before(tmp_path):
 
 def test_rounds_end_when_they_agree(tmp_path):
     rounds = [f"detector_round{i} round2" for i in (2, 3, 4)]
-    names = ["joint joint", "warmup warmup", "detector detector", *rounds]
+    names = ["pretrain pretrain", "joint joint", "warmup warmup", "detector detector", *rounds]
     config = write_pipeline(tmp_path / "mine.yaml", *names)
     stages = stages_of(tmp_path, "MODEL.SELF_BOX.DETECTOR.MAX_AGREEMENT", "0.9", config=config)
 

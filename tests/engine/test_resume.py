@@ -115,7 +115,7 @@ class Seen(AVTrainer):
     def before_train(self):
         self.clips = Counter()
         self.model.register_forward_pre_hook(
-            lambda model, args: self.clips.update(x["file_name"] for x in args[0])
+            lambda model, args: self.clips.update(x["file_name"] for x in args[0] if model.training)
         )
         super().before_train()
 
