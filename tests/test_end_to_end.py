@@ -45,8 +45,8 @@ def run(tool: str, *words: str, datasets: Path | None = None) -> str:
     return done.stdout + done.stderr
 
 
-def pipeline_words(folder: Path) -> list[str]:
-    words = ["--config-file", str(CONFIGS / "synthetic_pipeline.yaml"), "OUTPUT_DIR", str(folder)]
+def pipeline_words(folder: Path, config: str = "synthetic_pipeline.yaml") -> list[str]:
+    words = ["--config-file", str(CONFIGS / config), "OUTPUT_DIR", str(folder)]
     words += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.WARMUP_ITERS", "1"]
     words += ["MODEL.LOCALIZER.NUM_CLUSTERS", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
     words += ["MODEL.LOCALIZER.SELF_LABEL.NUM_OPTIMIZATIONS", "2"]
@@ -55,6 +55,20 @@ def pipeline_words(folder: Path) -> list[str]:
     for stage in ("detector_warmup", "detector"):
         words += [f"{stage}:SOLVER.MAX_ITER", "3", f"{stage}:SOLVER.IMS_PER_BATCH", "2"]
     return words
+
+
+def test_rounds_go_on_until_they_agree(tiny_datasets, tmp_path):
+    words = pipeline_words(tmp_path, "synthetic_rounds.yaml")
+    words += ["detector_round2:SOLVER.MAX_ITER", "3", "detector_round2:SOLVER.IMS_PER_BATCH", "2"]
+    # Detectors that have learned nothing find nothing, both of them.
+    words += ["MODEL.SELF_BOX.DETECTOR.MAX_AGREEMENT", "0.99"]
+    printed = run("run_pipeline.py", *words, datasets=tiny_datasets)
+    assert "detector_round3 is left out" in printed
+    assert not (tmp_path / "detector_round3").exists()
+    assert "| detector_round2 " in (tmp_path / "table.md").read_text()
+    assert json.loads((tmp_path / "detector_round2/round.json").read_text())["agreement"] == 1
+    assert ClusterFile.read(tmp_path / "clusters.json").detector == "detector_round2"
+    assert "round/new_boxes" in (tmp_path / "detector_round2/metrics.json").read_text()
 
 
 @pytest.fixture(scope="module")
