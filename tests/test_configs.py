@@ -367,7 +367,8 @@ def test_files_of_other_stages_are_where_those_write_them(name):
     cfg = _load(name)
     folders = {_load(other).OUTPUT_DIR for other in STAGES}
     node = cfg.MODEL.SELF_BOX
-    for path in (cfg.MODEL.WEIGHTS, node.LOCALIZER_WEIGHTS, node.LOCALIZER_CONFIG):
+    detector = node.DETECTOR.WEIGHTS, node.DETECTOR.CONFIG
+    for path in (cfg.MODEL.WEIGHTS, node.LOCALIZER_WEIGHTS, node.LOCALIZER_CONFIG, *detector):
         if path:
             folder, _, file = path.rpartition("/")
             assert folder in folders and folder != cfg.OUTPUT_DIR
@@ -406,7 +407,8 @@ def test_stages_of_a_pipeline_fit_together(name, tmp_path):
         elif offers not in ("localizer", "backbone") and not stage.eval_only:
             teacher = by_weights[stage.cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS]
             assert teacher.kind.offers == "localizer" and teacher.cfg.MODEL.LOCALIZER.LAMBDA < 1
-            assert offers == "warmup" or source.kind.offers == "warmup"
+            before = "detector" if getattr(stage.kind, "is_further_round", False) else "warmup"
+            assert offers == "warmup" or source.kind.offers == before
             teachers.add(teacher.name)
         by_weights[stage.weights] = stage
     assert teachers and len(by_weights) == len(listed)
