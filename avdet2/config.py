@@ -242,6 +242,9 @@ def _add_self_labels(cfg: CN) -> None:
     # The training ends with an error when the labels use less than two clusters so many times in a
     # row. 0: never.
     node.SELF_LABEL.MAX_COLLAPSED = 3
+    # No more passes after two in a row that have changed the labels of less than this share of the
+    # clips. 0: all that are planned.
+    node.SELF_LABEL.STOP_BELOW = 0.0
     # Clips in a batch of the pass over the data set.
     node.SELF_LABEL.BATCH_SIZE = 64
 
@@ -355,6 +358,8 @@ def _add_test(cfg: CN) -> None:
     cfg.TEST.LOCALIZATION.PROTOCOLS = ()
     # Boxes below this confidence are not part of a detector's map.
     cfg.TEST.LOCALIZATION.CONFIDENCE = 0.5
+    # instances_predictions.pth of stock Detectron2, beside the json files, which hold the same.
+    cfg.TEST.SAVE_INSTANCES = False
     # Pictures of the results (precision-recall curves, the clusters' confusion ...) beside the
     # json.
     cfg.TEST.PLOTS = True

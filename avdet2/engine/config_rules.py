@@ -136,6 +136,7 @@ RULES: dict[str, Rule] = {
     _LABEL + "MARGINALS": one_of(("uniform", "gaussian"), or_file=True),
     _LABEL + "SIGMA": at_least(0),
     _LABEL + "INIT": one_of(("sinkhorn", "kmeans")),
+    _LABEL + "STOP_BELOW": within(0, 1),
     _LABEL + "BATCH_SIZE": at_least(1),
     _LABEL + "MAX_COLLAPSED": at_least(0),
     "MODEL.SIMCLR.TEMPERATURE": above(0),

@@ -77,7 +77,7 @@ class SelfLabelHook(HookBase):
         # For assessment only.
         self._truth = torch.from_numpy(single_labels(self._clips))
         self._mapper = AVMapper(cfg, "center")
-        self._collapsed = 0
+        self._collapsed = self._settled = 0
 
     def state_dict(self) -> dict:
         # Tensors and plain values only: checkpoints are loaded with weights_only.
@@ -85,6 +85,7 @@ class SelfLabelHook(HookBase):
             "labels": self._model.labels.cpu(),
             "weights": self._weights,
             "collapsed": self._collapsed,
+            "settled": self._settled,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -96,6 +97,7 @@ class SelfLabelHook(HookBase):
             )
         self._model.labels = labels.to(self._model.device)
         self._weights, self._collapsed = state_dict["weights"], state_dict.get("collapsed", 0)
+        self._settled = state_dict.get("settled", 0)
 
     def before_train(self) -> None:
         node = self._node
@@ -106,8 +108,10 @@ class SelfLabelHook(HookBase):
             self.update(first=True)
 
     def after_step(self) -> None:
-        if self.trainer.iter + 1 in self._schedule:
+        if self.trainer.iter + 1 in self._schedule and self._settled < 2:
             self.update()
+            if self._settled == 2:
+                logger.info("the self-labels have settled: they stay as they are until the end")
 
     def update(self, first: bool = False) -> None:
         """
@@ -136,6 +140,10 @@ class SelfLabelHook(HookBase):
         labels[scores.ids] = local.cpu().int()
         labels = all_reduce(labels, op=dist.ReduceOp.MAX).long()
         self._log(labels, extra, time.perf_counter() - start)
+        if len(self._model.labels):
+            # All processes have the same labels, and count alike.
+            changed = (labels != self._model.labels.cpu()).float().mean().item()
+            self._settled = self._settled + 1 if changed < self._node.STOP_BELOW else 0
         self._model.labels = labels.to(self._model.device)
         self._check_collapse(labels, scores.values)
 

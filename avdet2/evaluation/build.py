@@ -149,7 +149,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, names: ClusterNames) -> Dat
         folder = os.path.join(folder, dataset_name)
     matching = names.for_test_set(dataset_name)
     agnostic = matching is None and names.kind != "names"
-    evaluators = [SelfSupervisedDetectionEvaluator(dataset_name, folder, matching, agnostic)]
+    evaluators = [
+        SelfSupervisedDetectionEvaluator(
+            dataset_name, folder, matching, agnostic, save_instances=cfg.TEST.SAVE_INSTANCES
+        )
+    ]
     if names.quality:
         evaluators.append(ClusterQuality(names.quality))
     localization = build_localization_evaluator(cfg, dataset_name, folder, matching, agnostic)

@@ -147,6 +147,35 @@ def test_collapsed_clusters_end_the_training(world, caplog):
     assert hook.state_dict()["collapsed"] == 0
 
 
+def test_labels_that_have_settled_stay(world):
+    hook = _hook(max_iter=100, STOP_BELOW=0.5)
+    hook.before_train()
+    # The first pass is of chance; the next two change nothing.
+    hook.update()
+    assert hook.state_dict()["settled"] == 1
+    again = _hook(max_iter=100, STOP_BELOW=0.5)
+    again.load_state_dict(hook.state_dict())
+    again.before_train()
+    again.update()
+    calls = world.calls
+    for again.trainer.iter in range(100):
+        again.after_step()
+    assert world.calls == calls
+    # By default all passes are made.
+    usual = _hook(max_iter=100)
+    usual.before_train()
+    for _ in range(3):
+        usual.update()
+    calls = world.calls
+    for usual.trainer.iter in range(100):
+        usual.after_step()
+    assert world.calls == calls + 3
+    # Other labels begin the count anew.
+    hook._model.labels = (hook._model.labels + 1) % CLUSTERS
+    hook.update()
+    assert hook.state_dict()["settled"] == 0
+
+
 def test_clusters_have_equal_sizes_where_argmax_would_collapse(world):
     # Cluster 0 is every clip's first choice, by far; the second choices differ.
     world.logits = world.logits + torch.tensor([10.0, 0.0, 0.0])

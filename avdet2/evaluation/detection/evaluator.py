@@ -100,6 +100,7 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
         matching: ClusterMatching | None = None,
         class_agnostic_only: bool = False,
         distributed: bool = True,
+        save_instances: bool = False,
     ) -> None:
         """
         Args:
@@ -109,6 +110,8 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
                 predicted classes are the data set's.
             class_agnostic_only: leave out all that needs classes; the predicted ones may be any.
             distributed: gather the predictions of all processes.
+            save_instances: write stock's `instances_predictions.pth` as well, which takes a fifth of
+                the time and holds nothing that the json files do not.
 
         Raises:
             ValueError: the matching's classes are not the data set's.
@@ -120,6 +123,10 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
             output_dir=output_dir,
             use_fast_impl=False,
         )
+        self._folder = output_dir
+        if not save_instances:
+            # Where stock writes, and nothing else.
+            self._output_dir = None
         if class_agnostic_only and matching is not None:
             raise ValueError("A class-agnostic evaluation has no use for a cluster matching.")
         if self._do_evaluation:
@@ -176,10 +183,12 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
         raw = list(itertools.chain.from_iterable(image["instances"] for image in predictions))
         truth = self._coco_api
         check_results(truth, raw)
+        if self._folder:
+            PathManager.mkdirs(self._folder)
         if self._matching is not None or self._class_agnostic_only:
             self._write("cluster_instances_results.json", raw)
-        if self._matching is not None and self._output_dir:
-            self._matching.to_json(os.path.join(self._output_dir, "cluster_matching.json"))
+        if self._matching is not None and self._folder:
+            self._matching.to_json(os.path.join(self._folder, "cluster_matching.json"))
         if img_ids is not None:
             truth, raw = select_images(truth, raw, img_ids)
         named = None if self._class_agnostic_only else self._named(raw)
@@ -229,8 +238,8 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
             self._results["bbox_objects"] = metrics
 
     def _write(self, name: str, content: list | dict) -> None:
-        if self._output_dir:
-            with PathManager.open(os.path.join(self._output_dir, name), "w") as file:
+        if self._folder:
+            with PathManager.open(os.path.join(self._folder, name), "w") as file:
                 # In one piece: json.dump takes three times as long.
                 file.write(json.dumps(content))
 

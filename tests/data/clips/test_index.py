@@ -300,3 +300,20 @@ def test_what_is_known_of_files_in_another_order(tmp_path: Path, probed: list[st
     found = scan_clips(str(source))
     assert [clip["width"] for clip in found.clips] == [2, 0] and probed == ["new"]
     assert found.skipped == [(str(tmp_path / "new"), MISSING)]
+
+
+def test_a_long_list_whose_files_are_elsewhere(tmp_path: Path) -> None:
+    rows = "".join(f"{i:06d}.mp4,0,1,dog\n" for i in range(5000))
+    (tmp_path / "clips.csv").write_text("file,start,duration,label\n" + rows)
+    asked: list[bytes] = []
+    original = index_module._stat
+
+    def count(file: bytes) -> tuple[int, int]:
+        asked.append(file)
+        return original(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "_stat", count)
+        with pytest.raises(ValueError, match="of 5000 files, none of 1000 .* is there, such as"):
+            scan_clips(str(tmp_path / "clips.csv"))
+    assert len(asked) == 1000

@@ -158,6 +158,7 @@ def test_clusters_become_classes(toy_set, tmp_path):
         assert bbox[f"{metric}-harp"] == pytest.approx(100)
     assert bbox["AP30"] == pytest.approx(bbox["AP50"])
     assert {"AP75", "APs", "APm", "APl"} <= bbox.keys()
+    assert not (out / "instances_predictions.pth").exists()
 
     # Agnostic: all five objects and one false alarm that is sure of itself; the box of cluster 2 on
     # the fifth object has IoU 0.9.
@@ -338,3 +339,13 @@ def test_bad_input_is_refused(toy_set):
     evaluator._predictions = [{"image_id": 77, "instances": [_result(0, A, image=77)]}]
     with pytest.raises(ValueError, match="image 77: the ground truth has no such image"):
         evaluator.evaluate()
+
+
+def test_stock_s_file_of_instances_is_written_where_asked_for(toy_set, tmp_path):
+    matching = _matching([1, 0, -1, 2])
+    evaluator = SelfSupervisedDetectionEvaluator(
+        toy_set, str(tmp_path), matching, save_instances=True
+    )
+    _run(evaluator, DETECTIONS)
+    saved = torch.load(tmp_path / "instances_predictions.pth", weights_only=True)
+    assert sorted(image["image_id"] for image in saved) == [1, 2, 3]
