@@ -299,6 +299,9 @@ def _add_rounds(cfg: CN) -> None:
     # is the self-box's, and KEEP says whose box it is: "detector" or "self".
     node.MERGE_IOU = 0.5
     node.KEEP = "detector"
+    # What fits the merged boxes to the picture: "" (nothing) or "grabcut", see
+    # MODEL.SELF_BOX.REFINE_SIZE.
+    node.REFINE = ""
     # What a box of the detector's teaches the ROI heads weighs as much as its score; False: 1.
     # MODEL.ROI_HEADS.NAME must then be DropLossROIHeads.
     node.SCORE_WEIGHTS = False

@@ -152,6 +152,7 @@ RULES: dict[str, Rule] = {
     "MODEL.SELF_BOX.DETECTOR.SCORE_THRESH": within(0, 1),
     "MODEL.SELF_BOX.DETECTOR.MERGE_IOU": within(0, 1),
     "MODEL.SELF_BOX.DETECTOR.MAX_AGREEMENT": within(0, 1),
+    "MODEL.SELF_BOX.DETECTOR.REFINE": one_of(("", "grabcut")),
     "MODEL.SELF_BOX.DETECTOR.KEEP": one_of(("detector", "self")),
     "MODEL.SELF_BOX.DETECTOR.SCORE_WEIGHTS": Rule(_weighs, "False, but for DropLossROIHeads"),
     "MODEL.CENTER_BOX.SIZE_RANGE": a_range(0, 1),

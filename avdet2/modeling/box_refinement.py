@@ -1,9 +1,10 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Self-boxes that follow the picture: GrabCut (Rother et al., 2004), seeded by the heatmap.
+Boxes that follow the picture: GrabCut (Rother et al., 2004), seeded by a heatmap or by a box.
 
 The cells of a heatmap are a few pixels wide, and what they see overlaps: eq. 5's box tells where the
-object is, and hardly where it ends. The picture does.
+object is, and hardly where it ends; nor does a detector that has learned from such boxes. The picture
+does.
 """
 
 from typing import NamedTuple
@@ -90,11 +91,8 @@ def refined_self_boxes(
     Raises:
         ValueError: as there.
     """
-    height, width = image.shape[1:]
-    scale = min(1.0, side / min(height, width))
-    height, width = max(1, round(height * scale)), max(1, round(width * scale))
-    picture = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
-    picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+    picture = _reduced(image, side)
+    height, width = picture.shape[:2]
     boxes, scores = self_boxes(heatmap, (height, width), beta, multi)
     if len(boxes):
         grid = heatmap.detach().cpu().float().numpy()
@@ -102,6 +100,43 @@ def refined_self_boxes(
         heat = (heat - grid.mean()) / (grid.max() - grid.mean())
         boxes = torch.stack([_refined(box, heat, picture, beta) for box in boxes])
     return boxes * torch.tensor([image_size[1] / width, image_size[0] / height] * 2), scores
+
+
+def fitted_boxes(boxes: torch.Tensor, image: torch.Tensor, side: int = 96) -> torch.Tensor:
+    """
+    As :func:`refined_self_boxes`, for boxes without a heatmap: the heat falls from 1 in the middle
+    of a box to 1/3, its threshold, on the ellipse within it, and further outside.
+
+    Args:
+        boxes: of shape (n, 4), in pixels of the image, on the CPU.
+        image, side: see there.
+
+    Returns:
+        Boxes (n, 4), in their order.
+    """
+    picture = _reduced(image, side)
+    height, width = picture.shape[:2]
+    scale = torch.tensor([width / image.shape[2], height / image.shape[1]] * 2)
+    rows, columns = np.ogrid[0.5:height, 0.5:width]
+    fitted = torch.empty_like(boxes)
+    for i, box in enumerate(boxes * scale):
+        left, top, right, bottom = box.tolist()
+        x, y = (
+            (2 * columns - left - right) / (right - left),
+            (2 * rows - top - bottom) / (bottom - top),
+        )
+        # At least a pixel of it is seen.
+        seen = torch.cat([box[:2].floor(), box[2:].ceil()])
+        fitted[i] = _refined(seen, 1 - np.hypot(x, y) * 2 / 3, picture, 1 / 3)
+    return fitted / scale
+
+
+def _reduced(image: torch.Tensor, side: int) -> np.ndarray:
+    height, width = image.shape[1:]
+    scale = min(1.0, side / min(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    picture = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
 def _refined(box: torch.Tensor, heat: np.ndarray, picture: np.ndarray, beta: float) -> torch.Tensor:

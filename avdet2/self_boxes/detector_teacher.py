@@ -25,6 +25,7 @@ from detectron2.utils.events import get_event_storage
 
 from avdet2.checkpoint.checkpointer import WholeCheckpointer
 from avdet2.config_file import load_cfg
+from avdet2.modeling.box_refinement import fitted_boxes
 from avdet2.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class DetectorTeacher(HookBase):
             model: a detector, which takes a list of {"image", "instances", "height", "width"}.
         """
         self.node, self.num_classes = cfg.MODEL.SELF_BOX.DETECTOR, cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        self.refine_size = cfg.MODEL.SELF_BOX.REFINE_SIZE if self.node.REFINE else 0
         self.student, self.folder = model, cfg.OUTPUT_DIR
         self._last: deque[tuple[list[dict], list[Instances]]] = deque(maxlen=COMPARED_BATCHES)
 
@@ -77,6 +79,11 @@ class DetectorTeacher(HookBase):
             merge_boxes(one, other, node.MERGE_IOU, node.KEEP, node.SCORE_WEIGHTS)
             for one, other in zip(own, found)
         ]
+        if self.refine_size:
+            merged = [
+                fit_boxes(boxes, sample["image"], node.MERGE_IOU, self.refine_size)
+                for boxes, sample in zip(merged, batch)
+            ]
         confirmed = sum(
             num_confirmed(x.gt_boxes, x.gt_classes, y, node.MERGE_IOU) for x, y in zip(own, found)
         )
@@ -176,6 +183,21 @@ def merge_boxes(
     if score_weights:
         merged.gt_weights = torch.cat([torch.ones(len(own), device=boxes.device), new.scores])
     return merged
+
+
+def fit_boxes(merged: Instances, image: torch.Tensor, iou: float, side: int) -> Instances:
+    """
+    Fit boxes to the picture, see :func:`avdet2.modeling.box_refinement.fitted_boxes`. Of those that
+    have become one object's, whose IoU is above `iou`, the first one stays.
+
+    Args:
+        merged: of :func:`merge_boxes`.
+        image: of shape (3, h, w), uint8, of the boxes' size.
+        side: that it is reduced to.
+    """
+    boxes = fitted_boxes(merged.gt_boxes.tensor, image, side)
+    merged.gt_boxes = Boxes(boxes)
+    return merged[nms(boxes, -torch.arange(len(boxes), dtype=boxes.dtype), iou)]
 
 
 def num_confirmed(boxes: Boxes, classes: torch.Tensor, found: Instances, iou: float) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from avdet2.modeling.box_refinement import SelfBoxMaker, refined_self_boxes
+from avdet2.modeling.box_refinement import SelfBoxMaker, fitted_boxes, refined_self_boxes
 from avdet2.modeling.self_box import self_boxes
 
 # (x0, y0, x1, y1) in a picture of 96 x 96 pixels.
@@ -127,3 +127,27 @@ def test_pictures_that_show_nothing(image, beta):
 def test_a_flat_heatmap_has_no_box():
     boxes, scores = refined_self_boxes(torch.ones(12, 12), _picture(), (96, 96), 0.5)
     assert boxes.shape == (0, 4) and scores.shape == (0,)
+
+
+@pytest.mark.parametrize("box", [(14, 26, 62, 84), (26, 38, 48, 72), (16, 40, 60, 84)])
+def test_a_box_is_fitted_to_the_object_in_its_middle(box):
+    # Too large; too small; beside it.
+    boxes = torch.tensor([box, (70, 4, 90, 24), box], dtype=torch.float32)
+    first, nothing, last = fitted_boxes(boxes, _picture())
+    assert _iou(box, OBJECT) < 0.7 and _iou(first, OBJECT) > 0.9
+    # They do not depend on one another.
+    assert torch.equal(first, last)
+    assert _iou(nothing, OBJECT) == 0
+
+
+def test_fitted_boxes_are_in_pixels_of_the_image():
+    image = torch.nn.functional.interpolate(_picture(noise=0)[None].float(), (192, 288))[0].byte()
+    scale = torch.tensor([3.0, 2.0, 3.0, 2.0])
+    (fitted,) = fitted_boxes(torch.tensor([[14.0, 26, 62, 84]]) * scale, image)
+    assert _iou(fitted / scale, OBJECT) > 0.9
+    assert fitted_boxes(torch.zeros(0, 4), image).shape == (0, 4)
+
+
+def test_a_box_without_a_pixel_is_fitted_to_something():
+    (fitted,) = fitted_boxes(torch.tensor([[40.2, 50.2, 40.4, 50.4]]), _picture(noise=0))
+    assert torch.isfinite(fitted).all() and (fitted[2:] > fitted[:2]).all()

@@ -12,6 +12,7 @@ from avdet2.self_boxes import detector_teacher
 from avdet2.self_boxes.detector_teacher import (
     DetectorTeacher,
     agreement,
+    fit_boxes,
     load_detector,
     merge_boxes,
     num_confirmed,
@@ -64,6 +65,15 @@ def test_where_only_one_of_them_has_a_box():
 def test_new_boxes_weigh_as_much_as_their_scores():
     merged = merge_boxes(_own(), _found(), 0.5, "detector", score_weights=True)
     torch.testing.assert_close(merged.gt_weights, torch.tensor([1.0, 0.7, 0.6]))
+
+
+def test_boxes_that_fit_one_object_are_one(monkeypatch):
+    fitted = torch.tensor([(10.0, 10, 40, 40), (60, 60, 90, 90), (10, 10, 40, 41)])
+    monkeypatch.setattr(detector_teacher, "fitted_boxes", lambda boxes, image, side: fitted)
+    merged = merge_boxes(_own(), _found(), 0.5, "detector", score_weights=True)
+    fit = fit_boxes(merged, torch.zeros(3, *SIZE), 0.5, 96)
+    assert _listed(fit) == [((10, 10, 40, 40), 0), ((60, 60, 90, 90), 3)]
+    torch.testing.assert_close(fit.gt_weights, torch.tensor([1.0, 0.7]))
 
 
 def test_a_self_box_is_confirmed_by_its_own_class():
