@@ -40,6 +40,11 @@ def _add_data(cfg: CN) -> None:
     # The largest share of the training clips that may be left out, as they have no sound, cannot be
     # read ...: with more, the run ends with an error that counts the reasons. 1: any.
     cfg.DATASETS.MAX_LEFT_OUT = 0.5
+    # A COCO file of boxes on pictures of your own, and their folder (empty: that of the file), to be
+    # used in place of DATASETS.TEST. Where its images have "audio_file" and "time" (of the picture
+    # in it, in seconds), localizers are evaluated, too. Empty: DATASETS.TEST as it stands.
+    cfg.DATASETS.TEST_JSON = ""
+    cfg.DATASETS.TEST_IMAGES = ""
     # Folder that tools/prepare_clips.py wrote; clips that it holds are read from there, the others
     # from the original files.
     cfg.DATASETS.PREPARED = ""

@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 
 import cv2
-from tqdm import tqdm
 
 from annotations.prepare import add_output, run_script, script_parser
 from avdet2.data.datasets.synthetic import CLASS_NAMES
+from avdet2.utils.progress import progress
 from synthetic.generator import Settings
 from synthetic.materials import DIFFICULTIES
 from synthetic.photos import EXTENSIONS, find_photos
@@ -67,7 +67,7 @@ def prepare(args: argparse.Namespace) -> list[str]:
     # Items are small: one thread each, as many processes as asked for.
     with ProcessPoolExecutor(args.workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
         make = partial(_make, root=root, settings=settings)
-        made = sum(tqdm(pool.map(make, jobs, chunksize=4), total=len(jobs), unit="item"))
+        made = sum(progress(pool.map(make, jobs, chunksize=4), total=len(jobs), unit="item"))
     digest = write_annotations(root, settings, counts)
     return [
         f"{made} items made, {len(jobs) - made} were there: {root}",

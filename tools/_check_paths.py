@@ -8,8 +8,8 @@ import os
 import sys
 from collections.abc import Collection
 
-# The key of own videos, which most tools take.
-VIDEOS = "DATASETS.VIDEOS"
+# The keys of own data, which most tools take.
+OWN_DATA = ("DATASETS.VIDEOS", "DATASETS.TEST_JSON", "DATASETS.TEST_IMAGES")
 
 
 def check_paths(
@@ -28,7 +28,7 @@ def check_paths(
     pairs = [word.split("=", 1) for word in words if word.startswith("--") and "=" in word]
     pairs += zip(["", *words], words)
     for flag, value in pairs:
-        is_path = flag in paths or flag == VIDEOS
+        is_path = flag in paths or flag in OWN_DATA
         known = is_path or flag in files or flag in folders
         if not known or not value or value.startswith("-"):
             continue

@@ -21,18 +21,18 @@ if __name__ == "__main__":
     check_paths(files=["--config-file"])
 
 import torch
-from tqdm import tqdm
 
 from detectron2.utils.logger import setup_logger
 
 from avdet2.config_file import load_cfg
 from avdet2.data import AVMapper
 from avdet2.data.clips import training_clips
-from avdet2.engine.defaults import use_own_videos
+from avdet2.engine.defaults import use_own_data
 from avdet2.modeling.object_dictionary import cluster_objects, object_vectors, save_dictionary
 from avdet2.self_boxes.inference import predict_clips
 from avdet2.self_boxes.teacher import build_localizer
 from avdet2.structures.batch import Batch
+from avdet2.utils.progress import progress
 from avdet2.utils.tool import run_tool
 
 BATCH_SIZE = 64
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_cfg(args.config_file, args.opts)
     # One that the config names may be the file that is about to be written.
     cfg.MODEL.LOCALIZER.OBJECT_DICTIONARY = ""
-    use_own_videos(cfg, os.path.dirname(args.config_file))
+    use_own_data(cfg, os.path.dirname(args.config_file))
     model = build_localizer(cfg, args.config_file, cfg.MODEL.WEIGHTS)
 
     def vectors_of(batch: Batch) -> torch.Tensor:
@@ -63,10 +63,10 @@ def main(args: argparse.Namespace) -> None:
         call=vectors_of,
     )
     vectors = []
-    with tqdm(total=len(clips), unit="clip") as progress:
+    with progress(total=len(clips), unit="clip") as bar:
         for inputs, outputs in batches:
             vectors += outputs
-            progress.update(len(inputs))
+            bar.update(len(inputs))
     if not vectors:
         raise ValueError("no training clip could be read")
     count = args.num_objects or cfg.MODEL.LOCALIZER.NUM_CLUSTERS

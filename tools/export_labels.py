@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -34,7 +33,7 @@ from avdet2 import Predictor
 from avdet2.data.clips import training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError
-from avdet2.engine import use_own_videos
+from avdet2.engine import use_own_data
 from avdet2.engine.cluster_naming import names_of_stage
 from avdet2.predict.coco import FoundObjects
 from avdet2.predict.labels import ANNOTATIONS, FORMATS, IMAGES
@@ -42,6 +41,7 @@ from avdet2.predict.predictor import PICTURES, read_picture
 from avdet2.report.run_folder import RunFolder
 from avdet2.self_boxes.export import export_self_boxes, frame_name
 from avdet2.self_boxes.teacher import build_localizer
+from avdet2.utils.progress import progress
 from avdet2.utils.tool import run_tool
 
 
@@ -53,7 +53,7 @@ def use_clips(cfg: CfgNode, source: str, output: Path) -> None:
         is_registered = source in DatasetCatalog.list()
         cfg.DATASETS.VIDEOS = "" if is_registered else source
         cfg.DATASETS.TRAIN = (source,) if is_registered else ()
-        use_own_videos(cfg, str(output / IMAGES))
+        use_own_data(cfg, str(output / IMAGES))
 
 
 def pictures_of(source: str) -> tuple[Path, list[Path]]:
@@ -77,7 +77,7 @@ def read_pictures(folder: Path, files: list[Path], images: Path) -> Iterator[tup
     """
     Name, pixels (BGR) and nothing more of each picture, which is copied.
     """
-    for file in tqdm(files, "pictures"):
+    for file in progress(files, "pictures"):
         name = file.relative_to(folder)
         try:
             picture = read_picture(file)
@@ -94,7 +94,7 @@ def read_frames(cfg: CfgNode, images: Path) -> Iterator[tuple]:
     Name, pixels (BGR) and origin of the middle frame of each clip, which is written.
     """
     mapper = AVMapper(cfg, "full")
-    for clip in tqdm(training_clips(cfg.DATASETS.TRAIN)[0], "clips"):
+    for clip in progress(training_clips(cfg.DATASETS.TRAIN)[0], "clips"):
         try:
             frame = np.ascontiguousarray(mapper.read(clip)[0][:, :, ::-1])
         except MediaError as error:

@@ -29,7 +29,6 @@ if __name__ == "__main__":
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from detectron2.structures import Instances
 
@@ -41,6 +40,7 @@ from avdet2.predict.coco import FoundObjects
 from avdet2.predict.predictor import PICTURES, read_picture
 from avdet2.predict.tracking import track as tracked
 from avdet2.utils.files import write_whole
+from avdet2.utils.progress import progress
 from avdet2.utils.tool import run_tool
 
 VIDEOS = {".avi", ".mkv", ".mov", ".mp4", ".webm"}
@@ -167,7 +167,7 @@ def on_video(predict: Predictor, file: str, output: Path, found: FoundObjects, t
         raise ValueError(f"--output {target} is the video itself: choose another place")
     tally, frames = on_frames(predict, predict.video_stream(file), info.fps, track)
     with write_whole(target) as part, VideoWriter(part, info.fps, file) as writer:
-        for frame in tqdm(frames, "frames", round(info.duration * info.fps) or None):
+        for frame in progress(frames, "frames", round(info.duration * info.fps) or None):
             drawn = predict.draw(frame.image, frame.instances)
             writer.write(frame.seconds, drawn[:, :, ::-1])
             found.add(file, frame.instances, time=round(frame.seconds, 6))

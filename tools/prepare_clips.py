@@ -22,13 +22,13 @@ if __name__ == "__main__":
     check_paths(files=["--clips"], folders=["--folder", "--root"])
 
 import cv2
-from tqdm import tqdm
 
 from avdet2.data.clips import scan_clips
 from avdet2.data.media.video import MediaError
 from avdet2.data.prepared.reader import PrepareSettings
 from avdet2.data.prepared.writer import NewClip, PreparedWriter, prepare_clip
 from avdet2.utils.parallel import CRASHED, parallel_map
+from avdet2.utils.progress import progress
 from avdet2.utils.tool import run_tool
 
 
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
         prepare = partial(prepare_or_fail, settings=settings, root=writer.root)
         clips = (found.clips[i] for i in todo)
         results = parallel_map(prepare, clips, min(args.workers, len(todo)), crashed)
-        for i, result in zip(todo, tqdm(results, "Preparing clips", len(todo), unit="clip")):
+        for i, result in zip(todo, progress(results, "Preparing clips", len(todo), unit="clip")):
             if isinstance(result, MediaError):
                 clip = found.clips[i]
                 place = {"file": clip["file_name"], "start": clip["start"]}

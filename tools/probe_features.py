@@ -29,7 +29,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -39,12 +38,13 @@ from detectron2.utils.logger import setup_logger
 from avdet2.checkpoint.pixel_settings import BACKBONES, Start, pixel_messages
 from avdet2.data import FrameMapper, register_av_clips
 from avdet2.data.clips import single_labels, training_clips
-from avdet2.engine import load_cfg, use_own_videos
+from avdet2.engine import load_cfg, use_own_data
 from avdet2.engine.hand_over import init_backbone
 from avdet2.engine.stages import stage_kind
 from avdet2.evaluation.naming.votes import frozen_votes
 from avdet2.evaluation.probes import pooled_features, probe_features, probe_table, split_by_hash
 from avdet2.self_boxes.inference import ReadableLoader
+from avdet2.utils.progress import progress
 from avdet2.utils.tool import run_tool
 
 logger = logging.getLogger("avdet2.probe_features")
@@ -61,7 +61,7 @@ def load_run(args: argparse.Namespace) -> CfgNode:
         # What such a file has are the weights that the run started from.
         if "MODEL.WEIGHTS" not in args.opts[::2]:
             cfg.MODEL.WEIGHTS = os.path.join(folder, "model_final.pth")
-    use_own_videos(cfg, folder)
+    use_own_data(cfg, folder)
     cfg.INPUT.VIEWS.FRAME_SIZE = args.size or stage_kind(cfg).image_size
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -145,7 +145,7 @@ def probe(
     places, features = pooled_features(
         list(backbones.values()),
         feature,
-        tqdm(loader, desc="features", unit="batch"),
+        progress(loader, desc="features", unit="batch"),
         cfg.INPUT.VIEWS.FRAME_SIZE,
         (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD),
     )

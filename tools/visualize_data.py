@@ -32,7 +32,7 @@ from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_image_to_rgb
 
 from avdet2.data.media.writing import write_sound
-from avdet2.engine import AVTrainer, load_cfg, use_own_videos
+from avdet2.engine import AVTrainer, load_cfg, use_own_data
 from avdet2.engine.cluster_naming import names_of_stage
 from avdet2.modeling.spectrogram import LogSpectrogram
 from avdet2.modeling.views import build_view
@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
     stage = os.path.dirname(os.path.abspath(args.config_file)) if is_dump else ""
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    use_own_videos(cfg, stage or str(folder / "stage"))
+    use_own_data(cfg, stage or str(folder / "stage"))
     cfg.MODEL.DEVICE = "cpu"
     names = []
     if cfg.INPUT.MAPPER == "SelfBoxMapper":

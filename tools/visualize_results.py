@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.modeling import build_model
@@ -33,11 +32,12 @@ from avdet2.checkpoint.checkpointer import WholeCheckpointer
 from avdet2.data.clips import training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError
-from avdet2.engine import use_own_videos
+from avdet2.engine import use_own_data
 from avdet2.engine.cluster_naming import names_of_stage
 from avdet2.evaluation.naming.votes import frozen_votes
 from avdet2.predict import Predictor
 from avdet2.predict.run_folder import stage_cfg
+from avdet2.utils.progress import progress
 from avdet2.utils.tool import run_tool
 from avdet2.visualization import (
     draw_boxes,
@@ -53,7 +53,7 @@ def stage_with_clips(stage: Path):
     The config of a finished stage, with its weights and its clips.
     """
     cfg = stage_cfg(stage)
-    use_own_videos(cfg)
+    use_own_data(cfg)
     return cfg
 
 
@@ -112,7 +112,7 @@ def draw_heatmaps(stage: Path, path: Path, count: int) -> None:
     clusters = names_of_stage(cfg, str(stage))
     images, titles = [], []
     clips = clips_of_all_clusters(stage, cfg, count)
-    for clip, frame in tqdm(readable(clips, mapper, len(clips)), "heatmaps", len(clips)):
+    for clip, frame in progress(readable(clips, mapper, len(clips)), "heatmaps", len(clips)):
         with torch.no_grad():
             output = model([clip])[0]
         found = output["instances"]
@@ -148,7 +148,7 @@ def draw_detections(stage: Path, path: Path, count: int, score: float) -> None:
     cfg = stage_with_clips(stage)
     predict = Predictor(cfg, score)
     images, titles = [], []
-    for image, title, truth, silent in tqdm(pictures(cfg, count), "detections", count):
+    for image, title, truth, silent in progress(pictures(cfg, count), "detections", count):
         found = predict.shown(predict.find_all([image[:, :, ::-1]])[0])
         labels = [f"{name} {s:.0%}" for name, s in zip(found.names, found.scores.tolist())]
         boxes, classes = found.pred_boxes.tensor.numpy(), found.pred_classes.tolist()

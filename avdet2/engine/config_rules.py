@@ -87,6 +87,10 @@ RULES: dict[str, Rule] = {
     "DATALOADER.NUM_WORKERS": at_least(0),
     "DATASETS.CLIP_SECONDS": above(0),
     "DATASETS.MAX_LEFT_OUT": within(0, 1),
+    "DATASETS.TEST_IMAGES": Rule(
+        lambda folder, cfg: not folder or bool(cfg.DATASETS.TEST_JSON),
+        "empty without DATASETS.TEST_JSON",
+    ),
     "DISTRIBUTED.TIMEOUT": above(0),
     "INPUT.AV.FRAME_SIZE": at_least(1),
     "INPUT.AV.CROP_SIZE": Rule(

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.engine import default_setup
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.logger import log_first_n, setup_logger
 
 from avdet2.checkpoint import pixel_messages
 from avdet2.config_file import load_cfg
 from avdet2.data.clips import register_av_clips, training_clips
+from avdet2.data.datasets.coco_av import may_have_sound, register_coco_av
 from avdet2.engine.stages import FINAL, stage_kind
+from avdet2.engine.stages.self_box_detector import NUM_CLASSES
 from avdet2.engine.train_step import check_precision
 from avdet2.utils.files import locked, write_whole
 from avdet2.utils.tool import hide_tracebacks
@@ -67,8 +69,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         as_started(cfg)
     # Whoever reads a run's config.yaml, with another OUTPUT_DIR, uses that run's clips.
     is_dump = os.path.basename(args.config_file) == "config.yaml"
-    use_own_videos(cfg, os.path.dirname(args.config_file) if is_dump else cfg.OUTPUT_DIR)
+    use_own_data(cfg, os.path.dirname(args.config_file) if is_dump else cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="avdet2", abbrev_name="av")
+    if not is_dump:
+        count_labels(cfg, args.opts)
+    if not args.eval_only:
+        leave_out_silent(cfg)
     _check(cfg, args.eval_only)
     cfg.freeze()
     # What default_setup may overwrite is read before: the config.yaml beside the weights,
@@ -115,16 +121,26 @@ def _check(cfg: CfgNode, eval_only: bool) -> None:
         )
 
 
-def use_own_videos(cfg: CfgNode, run_folder: str = "") -> None:
+def use_own_data(cfg: CfgNode, run_folder: str = "") -> None:
     """
-    Make cfg.DATASETS.VIDEOS, a folder or a clip list, the training set, in place.
+    Make cfg.DATASETS.VIDEOS, a folder or a clip list, the training set, and DATASETS.TEST_JSON the
+    test set, in place.
 
     Args:
-        cfg: not frozen; DATASETS.VIDEOS becomes an absolute path.
+        cfg: not frozen; paths below DATASETS become absolute.
         run_folder: of the run; by default cfg.OUTPUT_DIR. What is known of a folder's videos is
             kept one folder above it, where the stages of a pipeline share it; what is known of a
             list's, beside the list.
     """
+    node = cfg.DATASETS
+    for key in ("PREPARED", "TEST_JSON", "TEST_IMAGES"):
+        node[key] = os.path.abspath(node[key]) if node[key] else ""
+    if node.TEST_JSON:
+        folder = node.TEST_IMAGES or os.path.dirname(node.TEST_JSON)
+        name = f"boxes:{node.TEST_JSON}" + (f":{folder}" if node.TEST_IMAGES else "")
+        node.TEST = (name,)
+        if name not in DatasetCatalog.list():
+            register_coco_av(name, node.TEST_JSON, folder)
     if not cfg.DATASETS.VIDEOS:
         return
     source = os.path.abspath(cfg.DATASETS.VIDEOS)
@@ -140,6 +156,40 @@ def use_own_videos(cfg: CfgNode, run_folder: str = "") -> None:
             index = os.path.join(above, f"clip_index-{digest}.arrow")
         register_av_clips(name, source, clip_seconds=cfg.DATASETS.CLIP_SECONDS, index=index)
     cfg.DATASETS.TRAIN = (name,)
+
+
+def count_labels(cfg: CfgNode, given: Sequence[str]) -> None:
+    """
+    Give a detector that learns the labels of the clips as many classes as there are labels.
+
+    Args:
+        cfg: not frozen.
+        given: KEY VALUE words that have the last word.
+    """
+    node = cfg.MODEL
+    learns = cfg.INPUT.MAPPER == "SelfBoxMapper" and node.SELF_BOX.LABELS == "video"
+    if not learns or NUM_CLASSES in given[::2]:
+        return
+    try:
+        labels = training_clips(cfg.DATASETS.TRAIN)[1]
+    except (KeyError, OSError, ValueError):
+        # The check of the data sets says what is wrong; who reads results can do without.
+        labels = []
+    node.ROI_HEADS.NUM_CLASSES = len(labels) or node.ROI_HEADS.NUM_CLASSES
+
+
+def leave_out_silent(cfg: CfgNode) -> None:
+    """
+    Take test sets without sound from what a model that needs it is evaluated on, with a warning.
+    """
+    if stage_kind(cfg).needs_sound:
+        silent = [name for name in cfg.DATASETS.TEST if not may_have_sound(name)]
+        for name in silent:
+            text = (
+                f"no image of {name} has sound (`audio_file`): a localizer is not evaluated on it"
+            )
+            log_first_n(logging.WARNING, text, key="message", name=__name__)
+        cfg.DATASETS.TEST = tuple(name for name in cfg.DATASETS.TEST if name not in silent)
 
 
 def write_own_weights(folder: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from avdet2.config_file import flat_items, load_cfg
-from avdet2.engine.defaults import as_started, use_own_videos
+from avdet2.engine.defaults import as_started, count_labels, leave_out_silent, use_own_data
 from avdet2.engine.hand_over import TIMM_WEIGHTS
 from avdet2.engine.stages import FINAL, stage_kind
 from avdet2.engine.stages.base import WEIGHTS
@@ -83,7 +83,9 @@ class Stage:
         linked = given.links([stage.kind for stage in before])
         self.opts = [*shared, *linked, *own, "OUTPUT_DIR", self.folder]
         self.cfg = load_cfg(config_file, self.opts)
-        use_own_videos(self.cfg)
+        use_own_data(self.cfg)
+        count_labels(self.cfg, self.opts)
+        leave_out_silent(self.cfg)
         self.cfg.freeze()
         self.kind = stage_kind(self.cfg)
         self._check_weights()

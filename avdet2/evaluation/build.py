@@ -110,9 +110,13 @@ def check_evaluation(
         images = DatasetCatalog.get(name)
         if not len(images):
             raise ValueError(f"DATASETS.TEST: {name} has no images")
-        first = images[0].get("file_name", "")
-        if not os.path.isfile(first):
-            raise ValueError(f"DATASETS.TEST: {name}'s first image {first!r} is not a file")
+        files = [image.get("file_name", "") for image in images]
+        absent = [file for file in files if not os.path.isfile(file)]
+        if absent:
+            raise ValueError(
+                f"DATASETS.TEST: {len(absent)} of {len(files)} images of {name} are not there "
+                f"(first: {absent[0]!r})"
+            )
         if needs_sound and not any("audio_file" in image or "start" in image for image in images):
             raise ValueError(
                 f"DATASETS.TEST: no image of {name} has sound (`audio_file`), and a localizer needs "

@@ -15,7 +15,7 @@ import torch
 from detectron2.config import CfgNode
 
 from avdet2.config_file import load_cfg
-from avdet2.engine.defaults import use_own_videos
+from avdet2.engine.defaults import use_own_data
 from avdet2.engine.stages import FINAL, stage_kind
 from avdet2.engine.stages.base import WEIGHTS, StageKind
 from avdet2.engine.stages.localizer import LocalizerStage
@@ -185,7 +185,7 @@ class RunFolder:
             teacher = Path(self.detector.cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS).parent.name
             self.localizer = localizers.get(teacher, self.localizer)
         for stage in filter(None, (self.localizer, self.detector)):
-            use_own_videos(stage.cfg, str(stage.folder))
+            use_own_data(stage.cfg, str(stage.folder))
             node = stage.cfg.MODEL.SELF_BOX
             node.LOCALIZER_CONFIG = str(self.localizer.folder / "config.yaml")
             node.LOCALIZER_WEIGHTS = str(self.localizer.weights)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
@@ -31,6 +30,7 @@ from avdet2.self_boxes.heatmap_cache import (
     heatmap_keys,
 )
 from avdet2.self_boxes.teacher import heatmap_config
+from avdet2.utils.progress import progress
 
 # So many frames of a clip go through the localizer at a time.
 BATCH_SIZE = 64
@@ -86,8 +86,8 @@ def write_heatmaps(
             collate_fn=_as_it_is,
         )
         silent = not comm.is_main_process()
-        progress = tqdm(loader, desc="Heatmaps", unit="clip", disable=silent)
-        for place, frames in zip(todo, progress, strict=True):
+        clips = progress(loader, desc="Heatmaps", unit="clip", disable=silent)
+        for place, frames in zip(todo, clips, strict=True):
             writer.put(keys[place], *_record(localizer, frames))
     store = Heatmaps(folder)
     rows = store.rows[np.unique(store.find(keys[places]))]

@@ -11,7 +11,6 @@ from functools import partial
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from annotations.ground_truth import GroundTruth, Picture, write_ground_truths
 from annotations.prepare import clip_file, find_clips
@@ -19,6 +18,7 @@ from avdet2.data.clips import VIDEO_EXTENSIONS
 from avdet2.data.media.video import MediaError, MediaFile, VideoInfo, read_frame
 from avdet2.utils.files import write_whole
 from avdet2.utils.parallel import CRASHED, parallel_map
+from avdet2.utils.progress import progress
 
 JPEG_QUALITY = 95
 SOUND_EXTENSIONS = (".wav", ".mp3", ".flac", ".m4a", ".ogg")
@@ -104,7 +104,7 @@ def extract_frames(
     )
     sounds = {}
     # The results go first: their processes end when they are asked for one more.
-    for found, (path, _) in zip(tqdm(results, "Frames", len(jobs), unit="clip"), jobs):
+    for found, (path, _) in zip(progress(results, "Frames", len(jobs), unit="clip"), jobs):
         for name, seconds, problem in found:
             if problem:
                 missing[name] = problem

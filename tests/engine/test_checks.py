@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_runs import CONFIGS, make_cfg
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor, default_argument_parser
 
 from avdet2.data.datasets.coco_av import register_coco_av
 from avdet2.engine import AVTrainer, load_cfg, setup
 from avdet2.engine.config_rules import RULES, check_values
-from avdet2.engine.defaults import as_started, write_own_weights
+from avdet2.engine.defaults import as_started, count_labels, write_own_weights
 from avdet2.engine.stages import stage_kind
 
 
@@ -38,6 +38,7 @@ from avdet2.engine.stages import stage_kind
         ("MODEL.LOCALIZER.SELF_LABEL.MARGINALS", "normal"),
         ("MODEL.PIXEL_STD", "[1.0, 0.0, 1.0]"),
         ("MODEL.SELF_BOX.BETA", "(0.9, 0.7)"),
+        ("DATASETS.TEST_IMAGES", "pictures"),
         ("TEST.MATCHING.METHOD", "hungarain"),
         ("TEST.MATCHING.SPACE", "mapable"),
         ("TEST.MATCHING.GROUPS", "missing.json"),
@@ -109,6 +110,51 @@ def test_a_localizer_is_not_evaluated_without_sound(tiny_av, tmp_path):
             check(make_cfg(tiny_av, tmp_path, "DATASETS.TEST", f"('{name}',)"))
     finally:
         DatasetCatalog.remove(name)
+
+
+def _detector(tiny_av, *opts):
+    cfg = load_cfg(
+        str(CONFIGS / "synthetic_detector_weak.yaml"),
+        ["DATASETS.TRAIN", f"('{tiny_av}_train',)", "DATASETS.TEST", "()", *opts],
+    )
+    return cfg
+
+
+def test_a_detector_on_labels_has_as_many_classes(tiny_av, tmp_path):
+    cfg = _detector(tiny_av)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 6
+    count_labels(cfg, ["SEED", "3"])
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+    # What is given has the last word, and others than labels have their own number.
+    for opts in (
+        ["MODEL.ROI_HEADS.NUM_CLASSES", "4"],
+        ["MODEL.SELF_BOX.LABELS", "self"],
+        ["DATASETS.TRAIN", "('no_such_set',)"],
+    ):
+        cfg = _detector(tiny_av, *opts)
+        before = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        count_labels(cfg, opts)
+        assert before == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+
+
+def test_labels_are_checked_before_the_first_stage(tiny_av, tmp_path):
+    stage_kind(_detector(tiny_av)).check_clips()
+    with pytest.raises(ValueError, match="NUM_CLASSES is 1, but the clips have 2 labels"):
+        stage_kind(_detector(tiny_av, "MODEL.ROI_HEADS.NUM_CLASSES", "1")).check_clips()
+    clips = [dict(clip) for clip in DatasetCatalog.get(f"{tiny_av}_train")]
+    del clips[3]["label"]
+    clips[5]["labels"] = [0, 1]
+    name = "few_labels_train"
+    DatasetCatalog.register(name, lambda: clips)
+    MetadataCatalog.get(name).set(label_classes=["a", "b"])
+    try:
+        with pytest.raises(
+            ValueError, match=f"2 of 24 have none or several .*{clips[3]['file_name']}"
+        ):
+            stage_kind(_detector(name.removesuffix("_train"))).check_clips()
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_a_pipeline_is_not_trained_as_a_stage(tmp_path):

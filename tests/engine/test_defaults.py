@@ -2,6 +2,8 @@
 import json
 import logging
 
+import cv2
+import numpy as np
 import pytest
 import yaml
 
@@ -10,7 +12,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, default_argument_parser
 
 from avdet2.config import add_avdet2_config
-from avdet2.engine import load_cfg, resolve_epochs, setup, use_own_videos
+from avdet2.engine import load_cfg, resolve_epochs, setup, use_own_data
+from avdet2.engine.defaults import leave_out_silent
 
 
 @pytest.fixture
@@ -222,31 +225,86 @@ def unregister():
     """
     yield
     for name in DatasetCatalog.list():
-        if name.startswith("videos:"):
+        if name.startswith(("videos:", "boxes:")):
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
 
 
 def test_own_videos_become_the_training_set(tmp_path, unregister, monkeypatch):
     cfg = _cfg()
-    use_own_videos(cfg)
+    use_own_data(cfg)
     assert cfg.DATASETS.TRAIN == ()
     monkeypatch.chdir(tmp_path)
     cfg.DATASETS.VIDEOS = "videos"
     cfg.OUTPUT_DIR = str(tmp_path / "run" / "stage")
     with pytest.raises(ValueError, match="DATASETS.VIDEOS.*videos' does not exist"):
-        use_own_videos(cfg)
+        use_own_data(cfg)
     (tmp_path / "videos").mkdir()
-    use_own_videos(cfg)
+    use_own_data(cfg)
     (name,) = cfg.DATASETS.TRAIN
     assert name in DatasetCatalog.list()
     # config.yaml can be used in another folder.
     assert cfg.DATASETS.VIDEOS == str(tmp_path / "videos")
     # The stages of a pipeline, in one process, share it.
-    use_own_videos(cfg)
+    use_own_data(cfg)
     assert cfg.DATASETS.TRAIN == (name,)
     with pytest.raises(ValueError, match="no usable clip"):
         DatasetCatalog.get(name)
+
+
+def _write_coco(folder, **of_image):
+    folder.mkdir(parents=True)
+    cv2.imwrite(str(folder / "a.png"), np.zeros((40, 60, 3), np.uint8))
+    image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40, **of_image}
+    box = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 2, 9, 9], "area": 81, "iscrowd": 0}
+    names = [{"id": 7, "name": "dog"}]
+    content = {"images": [image], "annotations": [box], "categories": names}
+    (folder / "boxes.json").write_text(json.dumps(content))
+
+
+def test_own_boxes_become_the_test_set(tmp_path, unregister, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _write_coco(tmp_path / "mine", audio_file="a.mp4", time=0.5)
+    cfg = _cfg()
+    cfg.DATASETS.TEST, cfg.DATASETS.TEST_JSON = ("another",), "mine/boxes.json"
+    cfg.DATASETS.PREPARED = "prepared"
+    use_own_data(cfg)
+    # config.yaml can be used in another folder.
+    assert cfg.DATASETS.TEST_JSON == str(tmp_path / "mine" / "boxes.json")
+    assert cfg.DATASETS.PREPARED == str(tmp_path / "prepared")
+    (name,) = cfg.DATASETS.TEST
+    (image,) = DatasetCatalog.get(name)
+    assert image["file_name"] == str(tmp_path / "mine" / "a.png")
+    assert image["audio_file"] == str(tmp_path / "mine" / "a.mp4") and image["time"] == 0.5
+    assert MetadataCatalog.get(name).thing_classes == ["dog"]
+    # Again, as the stages of a pipeline do in one process; then pictures from elsewhere.
+    use_own_data(cfg)
+    assert cfg.DATASETS.TEST == (name,)
+    cfg.DATASETS.TEST_IMAGES = "others"
+    use_own_data(cfg)
+    assert cfg.DATASETS.TEST_IMAGES == str(tmp_path / "others")
+    (image,) = DatasetCatalog.get(*cfg.DATASETS.TEST)
+    assert image["file_name"] == str(tmp_path / "others" / "a.png")
+
+
+def test_a_test_set_without_sound_is_left_out_of_the_localizer_s(tmp_path, unregister, caplog):
+    _write_coco(tmp_path / "silent")
+    _write_coco(tmp_path / "heard", audio_file="a.mp4", time=0.5)
+    for folder, kept in (("silent", 0), ("heard", 1)):
+        opts = ["DATASETS.TEST_JSON", str(tmp_path / folder / "boxes.json")]
+        cfg = load_cfg("", ["MODEL.META_ARCHITECTURE", "AVLocalizer", *opts])
+        use_own_data(cfg)
+        leave_out_silent(cfg)
+        assert len(cfg.DATASETS.TEST) == kept
+    assert "silent/boxes.json has sound (`audio_file`): a localizer is not" in caplog.text
+    # A detector needs none; of what is not registered nothing is known.
+    cfg = load_cfg("", ["DATASETS.TEST_JSON", str(tmp_path / "silent" / "boxes.json")])
+    use_own_data(cfg)
+    leave_out_silent(cfg)
+    assert len(cfg.DATASETS.TEST) == 1
+    cfg = load_cfg("", ["MODEL.META_ARCHITECTURE", "AVLocalizer", "DATASETS.TEST", "('nothing',)"])
+    leave_out_silent(cfg)
+    assert cfg.DATASETS.TEST == ("nothing",)
 
 
 def test_where_the_index_of_own_videos_is(tmp_path, unregister, monkeypatch):
@@ -260,14 +318,14 @@ def test_where_the_index_of_own_videos_is(tmp_path, unregister, monkeypatch):
         source.touch() if source.suffix else source.mkdir()
         cfg = _cfg()
         cfg.DATASETS.VIDEOS, cfg.OUTPUT_DIR = str(source), str(tmp_path / "run" / "stage")
-        use_own_videos(cfg)
+        use_own_data(cfg)
     one, two, of_list = (indices[str(source)] for source in sources)
     # Side by side in the pipeline's folder; a list's is where the list is.
     assert one != two and of_list is None
     assert one.startswith(str(tmp_path / "run" / "clip_index-")) and one.endswith(".arrow")
     # Another tool, with another OUTPUT_DIR, looks into the run that it reads.
     cfg.DATASETS.VIDEOS, cfg.OUTPUT_DIR = str(sources[0]), "self_boxes"
-    use_own_videos(cfg, str(tmp_path / "run" / "stage"))
+    use_own_data(cfg, str(tmp_path / "run" / "stage"))
     assert indices[str(sources[0])] == one
 
 
@@ -329,7 +387,7 @@ def test_setup_refuses_a_precision_before_anything_is_built(tmp_path, loggers, r
 def test_a_run_s_config_keeps_its_index(tmp_path, loggers, unregister, monkeypatch):
     folders = []
     monkeypatch.setattr(
-        "avdet2.engine.defaults.use_own_videos", lambda cfg, folder: folders.append(folder)
+        "avdet2.engine.defaults.use_own_data", lambda cfg, folder: folders.append(folder)
     )
     (tmp_path / "run" / "stage").mkdir(parents=True)
     config = tmp_path / "run" / "stage" / "config.yaml"

@@ -3,6 +3,7 @@
 Tests of how stages are linked, and of what is left to do; tests/test_end_to_end.py runs them.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from pipeline_stages import (
     stages_of,
     train,
 )
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.config_file import load_cfg
 from avdet2.engine.pipeline import make_stages, needed, split_opts
@@ -116,6 +119,26 @@ def test_the_number_of_clusters_is_given_once(tmp_path):
     assert classes(*clusters, "MODEL.ROI_HEADS.NUM_CLASSES", "20") == [1, 20]
     # The classes of the videos' labels are not the clusters.
     assert classes(*clusters, config=TABLE) == [1, 20, 6]
+
+
+def test_a_test_set_without_sound_is_not_the_localizer_s(tmp_path):
+    image = {"id": 1, "file_name": "a.png", "width": 60, "height": 40}
+    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text(json.dumps(content))
+    stages = stages_of(tmp_path, "DATASETS.TEST_JSON", str(boxes))
+    names = {name: list(stage.cfg.DATASETS.TEST) for name, stage in stages.items()}
+    (own,) = names["detector"]
+    assert names == {
+        "localizer_pretrain": [],
+        "localizer_joint": [],
+        "detector_warmup": [own],
+        "detector": [own],
+    }
+    train(stages["localizer_joint"])
+    assert stages["localizer_joint"].is_done()
+    DatasetCatalog.remove(own)
+    MetadataCatalog.remove(own)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from avdet2.data.datasets.synthetic import register_synthetic
 from avdet2.data.prepared import reader
 from avdet2.data.prepared.reader import PrepareSettings
 from avdet2.data.prepared.writer import PreparedWriter, prepare_clip
-from avdet2.engine import load_cfg, use_own_videos
+from avdet2.engine import load_cfg, use_own_data
 from avdet2.engine.stages import self_box_detector, stage_kind
 from avdet2.evaluation import build
 from avdet2.evaluation.build import build_evaluator
@@ -274,7 +274,7 @@ def own_videos(tiny_datasets, tmp_path):
             *("MODEL.SELF_BOX.LOCALIZER_WEIGHTS", str(tmp_path / "localizer.pth")),
         ],
     )
-    use_own_videos(cfg)
+    use_own_data(cfg)
     settings = PrepareSettings(fps=2.0, short_side=64)
     with PreparedWriter(str(tmp_path / "prepared"), settings, str(root), 1 << 24) as writer:
         for clip in training_clips(cfg.DATASETS.TRAIN)[0]:

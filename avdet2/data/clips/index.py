@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from avdet2.data.clips.reading import CLIPS, whole
 from avdet2.data.media.video import MediaError, probe
 from avdet2.utils.files import locked, sha256_of_file, write_whole
 from avdet2.utils.parallel import CRASHED, parallel_map
+from avdet2.utils.progress import progress
 
 __all__ = ["FILES", "INDEX_SUFFIX", "MISSING", "Index", "list_key", "look_up", "read_index"]
 __all__ += ["write_index"]
@@ -230,7 +230,7 @@ def _with_facts(files: pa.Table, todo: pa.Array, workers: int, index: str | None
     The facts of files and of those to be opened; saved now and then.
     """
     found = parallel_map(_look_at, (name.as_py() for name in todo), workers, _unusable)
-    found = tqdm(found, "Probing videos", len(todo), unit="file", disable=len(todo) < 16)
+    found = progress(found, "Probing videos", len(todo), unit="file", disable=len(todo) < 16)
     parts, rows, save_at = [files], [], SAVE_EVERY
     for count, fact in enumerate(found, 1):
         rows.append(fact)

@@ -54,6 +54,20 @@ def load_coco_av(
     return dicts
 
 
+def may_have_sound(name: str) -> bool:
+    """
+    Whether an image of a registered test set has "audio_file". True where nothing says: the set has
+    no COCO file, or it is not there.
+
+    Raises:
+        ValueError: see :func:`read_coco`.
+    """
+    json_file = MetadataCatalog.get(name).get("json_file", "")
+    if not os.path.isfile(json_file):
+        return True
+    return any("audio_file" in image for image in read_coco(json_file)["images"])
+
+
 def register_coco_av(
     name: str,
     json_file: str,

@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetMapper,
+    MetadataCatalog,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.engine import HookBase
+from detectron2.utils.file_io import PathManager
 
 from avdet2.checkpoint.pixel_settings import BACKBONES, Start
 from avdet2.checkpoint.timm_weights import OF_TIMM, timm_settings
@@ -146,7 +148,12 @@ class StageKind:
         """
         Raises:
             ValueError: there is nothing to learn from the training clips.
+            FileNotFoundError: a data set is not there.
         """
+        for name in self.cfg.DATASETS.TRAIN:
+            json_file = MetadataCatalog.get(name).get("json_file", "")
+            if json_file and not PathManager.isfile(json_file):
+                raise FileNotFoundError(f"DATASETS.TRAIN: {json_file} of {name} is not there")
 
     # How it trains.
 

@@ -7,13 +7,14 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
-from avdet2.data.clips import check_left_out, training_clips
+from avdet2.data.clips import check_left_out, label_pairs, training_clips
 from avdet2.data.loaders import build_list_loader
 from avdet2.engine.stages.base import FINAL, StageKind, last_weights, offering
 from avdet2.evaluation.naming.cluster_names import ClusterNames
@@ -73,7 +74,26 @@ class SelfBoxDetectorStage(StageKind):
         return [*super().files(), *files]
 
     def check_clips(self) -> None:
+        """
+        Raises:
+            ValueError: too few clips can be used, or their labels are not one of the classes each.
+        """
         check_left_out(self.cfg.DATASETS.TRAIN, self.cfg.DATASETS.MAX_LEFT_OUT)
+        if self.cfg.MODEL.SELF_BOX.LABELS != "video":
+            return
+        clips, names = training_clips(self.cfg.DATASETS.TRAIN)
+        numbers = np.bincount(label_pairs(clips)[0], minlength=len(clips))
+        wrong = np.flatnonzero(numbers != 1)
+        if len(wrong):
+            raise ValueError(
+                f"MODEL.SELF_BOX.LABELS video needs one label a clip, but {len(wrong)} of "
+                f"{len(clips)} have none or several (first: {clips[int(wrong[0])]['file_name']})"
+            )
+        if len(names) > self.num_classes:
+            raise ValueError(
+                f"{NUM_CLASSES} is {self.num_classes}, but the clips have {len(names)} labels: "
+                "leave the key out"
+            )
 
     @property
     def offers(self) -> str:
