@@ -21,9 +21,14 @@ COLUMNS = (
     ("silent*", "bbox_objects", "silent_recall_agnostic"),
     ("unheard*", "bbox_objects", "unheard_recall_agnostic"),
     ("several*", "bbox_objects", "multi_object_rate_agnostic"),
+    ("silent@10*", "bbox_objects", "silent_recall_top10_agnostic"),
+    ("several@10*", "bbox_objects", "multi_object_rate_top10_agnostic"),
     ("NMI", "clusters", "NMI"),
     ("accuracy", "clusters", "hungarian_accuracy"),
 )
+# Columns that count detections of this score (in percent) and more, and the mark where none has it.
+CONFIDENT, NONE_SCORES = 30.0, "†"
+OF_CONFIDENT = ("silent*", "unheard*", "several*")
 
 
 def results_table(*runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -40,7 +45,9 @@ def results_table(*runs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
         the table, in percent with one decimal; a star marks class-agnostic columns. "AP50* single"
         is over images with one object, "silent*" the recall of silent objects (score 0.3, IoU
         0.5), "unheard*" of those whose class is not heard in the image either, "several*" the share
-        of images with several objects in which two or more are found.
+        of images with several objects in which two or more are found; "@10" counts the ten best
+        detections of each image, whatever their scores. "†" is behind what is 0 as no detection
+        reaches the score.
     """
     headings, rows = table_cells(*runs)
     lines = [["method", *headings], ["---"] + ["---:"] * len(headings)]
@@ -58,10 +65,13 @@ def table_cells(
     rows = {}
     for name in dict.fromkeys(name for run in runs for name in run):
         rows[name] = []
-        for _, task, metric in COLUMNS:
+        for heading, task, metric in COLUMNS:
             scale = 100 if task == "clusters" else 1
-            found = [run.get(name, {}).get(task, {}).get(metric, math.nan) for run in runs]
-            rows[name].append(_percentage([scale * number for number in found]))
+            results = [run.get(name, {}).get(task, {}) for run in runs]
+            found = [scale * result.get(metric, math.nan) for result in results]
+            highest = max(result.get("highest_score_agnostic", math.inf) for result in results)
+            is_empty = heading in OF_CONFIDENT and highest < CONFIDENT
+            rows[name].append(_percentage(found) + NONE_SCORES * is_empty)
     return [heading for heading, _, _ in COLUMNS], rows
 
 

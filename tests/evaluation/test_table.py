@@ -16,16 +16,31 @@ def test_rows_in_order_with_one_decimal_and_dashes_for_what_is_absent():
     }
     assert results_table(rows).splitlines() == [
         "| method | AP30 | AP50 | AP | AP30* | AP50* | AP* | "
-        "AP50* single | silent* | unheard* | several* "
+        "AP50* single | silent* | unheard* | several* | silent@10* | several@10* "
         "| NMI | accuracy |",
-        "| --- |" + " ---: |" * 12,
-        "| center box | - | - | - | 29.6 | 5.5 | 1.5 | - | - | - | - | - | - |",
-        "| ours | 52.3 | 39.4 | - | 100.0 | 0.0 | - | - | 47.6 | - | - | 87.6 | 90.0 |",
+        "| --- |" + " ---: |" * 14,
+        "| center box | - | - | - | 29.6 | 5.5 | 1.5 | - | - | - | - | - | - | - | - |",
+        "| ours | 52.3 | 39.4 | - | 100.0 | 0.0 | - | - | 47.6 | - | - | - | - | 87.6 | 90.0 |",
     ]
 
 
+def test_what_is_zero_as_no_score_reaches_it_is_marked():
+    metrics = {"silent_recall_agnostic": 0.0, "silent_recall_top10_agnostic": 41.0}
+
+    def cells(*highest):
+        runs = [
+            {"ours": {"bbox_objects": {**metrics, "highest_score_agnostic": score}}}
+            for score in highest
+        ]
+        return results_table(*runs).splitlines()[-1].split(" | ")
+
+    assert (cells(29.0)[8], cells(29.0)[11]) == ("0.0†", "41.0")
+    # A score that is reached, and found nothing.
+    assert cells(31.0)[8] == "0.0" and cells(12.0, 31.0)[8] == "0.0 ± 0.0"
+
+
 def test_a_bar_in_a_name_does_not_end_the_cell():
-    assert results_table({"a|b": {}}).splitlines()[-1] == "| a\\|b |" + " - |" * 12
+    assert results_table({"a|b": {}}).splitlines()[-1] == "| a\\|b |" + " - |" * 14
 
 
 def test_no_rows_is_a_heading():

@@ -49,11 +49,15 @@ def precision_of_boxes(
     return evaluation.eval["precision"][..., 0]
 
 
+# Detections of at least this score are taken for sure of themselves.
+CONFIDENT = 0.3
+
+
 def find_objects(
     truth: COCO,
     results: Iterable[dict],
     class_agnostic: bool = False,
-    score: float = 0.3,
+    score: float = CONFIDENT,
     iou: float = 0.5,
 ) -> set[int]:
     """

@@ -19,10 +19,16 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import batched_nms
 from detectron2.utils.file_io import PathManager
 
-from avdet2.evaluation.detection.average_precision import AREAS, COCO_IOUS, precision_of_boxes
+from avdet2.evaluation.detection.average_precision import (
+    AREAS,
+    COCO_IOUS,
+    CONFIDENT,
+    precision_of_boxes,
+)
 from avdet2.evaluation.detection.coco_boxes import check_results, coco, select_images
 from avdet2.evaluation.detection.metrics import (
     CURVES,
+    TOP,
     detection_curves,
     object_metrics,
     objects_of,
@@ -85,8 +91,8 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
       those of clusters without a class too; as all clusters now share a class, :func:`map_clusters`
       repeats the suppression across them.
     * "bbox_objects", if the ground truth says which objects sound: silent_recall,
-      multi_object_rate, and AP50 on single_object_images, all of
-      :mod:`avdet2.evaluation.detection.metrics`; keys that end in "_agnostic" ignore the classes.
+      multi_object_rate, and AP50 on single_object_images: see
+      :func:`avdet2.evaluation.detection.metrics.object_metrics`; keys that end in "_agnostic" ignore the classes.
 
     Files in `output_dir`, beside stock's: `cluster_instances_results.json` (COCO results whose
     category_id is the cluster), `cluster_matching.json`, and `curves.json`, which
@@ -236,6 +242,13 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
             if named is not None:
                 metrics = object_metrics(truth, named, class_agnostic=False) | metrics
             self._results["bbox_objects"] = metrics
+            highest = metrics["highest_score_agnostic"] / 100
+            if highest < CONFIDENT:
+                logger.warning(
+                    f"no detection on {self._metadata.name} has a score of {CONFIDENT} (the highest "
+                    f"is {highest:.2f}): silent_recall, multi_object_rate and their like are 0 for "
+                    f"that reason; those of the {TOP} best of each image end in _top{TOP}"
+                )
 
     def _write(self, name: str, content: list | dict) -> None:
         if self._folder:

@@ -5,7 +5,7 @@ the ground truth has nothing to count.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 
 from avdet2.evaluation.detection.average_precision import (
     COCO_IOUS,
+    CONFIDENT,
     IOUS,
     find_objects,
     precision_of_boxes,
@@ -34,6 +35,8 @@ __all__ = [
 
 # The file of `detection_curves`, in the folder of an evaluation.
 CURVES = "curves.json"
+# Detections of an image that count where scores do not, as in COCO's AR@10.
+TOP = 10
 
 
 def precision_metrics(precision: np.ndarray, names: Sequence[str] | None) -> dict[str, float]:
@@ -105,16 +108,34 @@ def object_metrics(truth: COCO, results: list[dict], class_agnostic: bool) -> di
     """
     :func:`silent_recall`, :func:`multi_object_rate`, and AP50 on :func:`single_object_images`.
 
+    Recalls are those of detections with a score of 0.3 at least. For detectors whose scores are
+    low there are also those of the ten best detections of each image, whose names end in "_top10",
+    and "highest_score", 100 times that of any detection (0 without any).
+
     Args:
         truth, results, class_agnostic: see
             :func:`avdet2.evaluation.detection.average_precision.precision_of_boxes`.
     """
-    found = find_objects(truth, results, class_agnostic)
+    metrics = {}
+    for ending, score, counted in (("", CONFIDENT, results), (f"_top{TOP}", 0.0, _best(results))):
+        found = find_objects(truth, counted, class_agnostic, score)
+        rates = silent_recall(truth, found)
+        rates["multi_object_rate"] = multi_object_rate(truth, found)
+        metrics |= {f"{key}{ending}": rate for key, rate in rates.items()}
     single = select_images(truth, results, single_object_images(truth))
-    return silent_recall(truth, found) | {
-        "multi_object_rate": multi_object_rate(truth, found),
-        "AP50_single": percent(precision_of_boxes(*single, class_agnostic, ious=[0.5])),
-    }
+    metrics["AP50_single"] = percent(precision_of_boxes(*single, class_agnostic, ious=[0.5]))
+    metrics["highest_score"] = 100 * max((result["score"] for result in results), default=0.0)
+    return metrics
+
+
+def _best(results: Iterable[dict]) -> list[dict]:
+    """
+    The detections of the :data:`TOP` highest scores of each image.
+    """
+    of_image = defaultdict(list)
+    for result in sorted(results, key=lambda result: -result["score"]):
+        of_image[result["image_id"]].append(result)
+    return [result for best in of_image.values() for result in best[:TOP]]
 
 
 def silent_recall(truth: COCO, found: Collection[int]) -> dict[str, float]:

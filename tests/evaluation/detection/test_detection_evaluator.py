@@ -165,8 +165,14 @@ def test_clusters_become_classes(toy_set, tmp_path):
     assert results["bbox_agnostic"]["AP50"] == pytest.approx(100 * 5 / 6)
     assert results["bbox_agnostic"].keys() == {"AP", "AP50", "AP75", "AP30"}
 
-    assert results["bbox_objects"] == pytest.approx(
+    # All detections are sure of themselves, and among the ten best of their image.
+    objects = results["bbox_objects"]
+    top = {key: objects.pop(key) for key in list(objects) if "_top10" in key}
+    assert top == {key: objects[key.replace("_top10", "")] for key in top} and len(top) == 8
+    assert objects == pytest.approx(
         {
+            "highest_score": 90,
+            "highest_score_agnostic": 95,
             "silent_recall": 100,
             "sounding_recall": 200 / 3,
             "unheard_recall": 100,

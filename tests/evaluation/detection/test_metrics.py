@@ -217,6 +217,21 @@ def test_multi_object_rate_by_hand():
     assert math.isnan(_several(_truth([(1, 1, A)]), []))
 
 
+def test_the_best_of_each_image_count_whatever_their_scores():
+    api = _truth([(1, 1, A), (1, 2, B), (2, 1, A)], sounding=[1, 0, 0])
+    # Ten detections beside the objects are better than that of image 2, but not than those of image 1.
+    beside = [_detection(2, 1, [70 + i, 70, 9, 9], 0.2) for i in range(10)]
+    results = [_detection(1, 1, A, 0.25), _detection(1, 2, B, 0.21), *beside]
+    results.append(_detection(2, 1, A, 0.1))
+    metrics = object_metrics(api, results, class_agnostic=True)
+    assert metrics["silent_recall"] == metrics["multi_object_rate"] == 0
+    assert metrics["silent_recall_top10"] == 50 and metrics["multi_object_rate_top10"] == 100
+    assert metrics["highest_score"] == pytest.approx(25)
+    metrics = object_metrics(api, results[:2] + results[3:], class_agnostic=True)
+    assert metrics["silent_recall_top10"] == 100
+    assert object_metrics(api, [], False)["highest_score"] == 0
+
+
 def test_single_object_images():
     api = _truth([(1, 1, A), (1, 2, B), (2, 1, A), (3, 2, A), (4, 1, A)], crowd=[4])
     assert single_object_images(api) == [2, 3]
