@@ -344,6 +344,11 @@ def _add_solver(cfg: CN) -> None:
     # replace MAX_ITER and WARMUP_ITERS.
     cfg.SOLVER.MAX_EPOCH = 0.0
     cfg.SOLVER.WARMUP_EPOCH = 0.0
+    # With MAX_EPOCH: at least so many iterations, however few the clips.
+    cfg.SOLVER.MIN_ITER = 0
+    # What becomes of BASE_LR where REFERENCE_WORLD_SIZE scales the batch by s: "linear" (s times, as
+    # stock, for SGD), "sqrt" (the root of s, for Adam and its like) or "none".
+    cfg.SOLVER.LR_SCALING = "linear"
 
 
 def _add_test(cfg: CN) -> None:

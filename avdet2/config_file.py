@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 import yaml
 
 from detectron2.config import CfgNode, get_cfg
@@ -26,6 +27,7 @@ def load_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
     The config.yaml that a run wrote may be of another version of Detectron2: keys that this one
     does not have are left out, with a warning. In every other file an unknown key is an error.
     Where the default is a float, an integer is one, too; all other types must be the default's.
+    MODEL.DEVICE "auto" becomes cuda where there is a GPU, and else cpu.
 
     Args:
         config_file: path of a YAML file; nothing in it is executed.
@@ -54,6 +56,8 @@ def load_cfg(config_file: str, opts: list[str] | None = None) -> CfgNode:
         if "(<class 'str'> vs." in str(error):
             raise ValueError(f"{error}; if 2023 is a file or folder, write ./2023") from error
         raise
+    if cfg.MODEL.DEVICE == "auto":
+        cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     return cfg
 
 

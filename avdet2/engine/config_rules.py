@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from detectron2.config import CfgNode
 
 from avdet2.config_file import flat_items
+from avdet2.engine.optimizer import LR_SCALINGS
 from avdet2.evaluation.localization.protocols import PROTOCOLS
 from avdet2.evaluation.naming.cluster_matching import METHODS
 from avdet2.evaluation.naming.label_spaces import SPACES
@@ -173,9 +174,11 @@ RULES: dict[str, Rule] = {
     "SOLVER.BASE_LR": at_least(0),
     "SOLVER.CHECKPOINT_PERIOD": at_least(1),
     "SOLVER.IMS_PER_BATCH": at_least(1),
+    "SOLVER.LR_SCALING": one_of(LR_SCALINGS),
     "SOLVER.MAX_EPOCH": at_least(0),
     "SOLVER.MAX_ITER": at_least(1),
     "SOLVER.METRIC_PERIOD": at_least(1),
+    "SOLVER.MIN_ITER": at_least(0),
     "SOLVER.OPTIMIZER": one_of(("SGD", "Adam", "AdamW", "LARS")),
     "SOLVER.WARMUP_EPOCH": at_least(0),
     "SOLVER.WARMUP_ITERS": at_least(0),

@@ -245,5 +245,11 @@ def resolve_epochs(cfg: CfgNode) -> CfgNode:
                 f"{cfg.SOLVER[iterations]} iterations; SOLVER.{iterations} "
                 f"{solver[iterations]} is not used"
             )
+    if solver.MAX_EPOCH and cfg.SOLVER.MAX_ITER < solver.MIN_ITER:
+        cfg.SOLVER.MAX_ITER = solver.MIN_ITER
+        logger.info(
+            f"SOLVER.MIN_ITER: {solver.MIN_ITER} iterations of {solver.IMS_PER_BATCH}, which are "
+            f"{solver.MIN_ITER / iters_per_epoch:.1f} epochs"
+        )
     cfg.freeze()
     return cfg

@@ -3,13 +3,41 @@
 SOLVER.OPTIMIZER on Detectron2's parameter groups.
 """
 
+import logging
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+
+logger = logging.getLogger(__name__)
+
+# By SOLVER.LR_SCALING: the learning rate for a batch that is so many times the config's, in units of
+# BASE_LR.
+LR_SCALINGS = {"linear": lambda scale: scale, "sqrt": math.sqrt, "none": lambda scale: 1.0}
+
+
+def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
+    """
+    DefaultTrainer.auto_scale_workers, with BASE_LR as SOLVER.LR_SCALING says: the linear rule (Goyal
+    et al., 2017) is one for SGD; the steps of Adam, which divides by the gradients' size, want the
+    square root (Krizhevsky, 2014; Malladi et al., 2022).
+    """
+    scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
+    solver = cfg.SOLVER
+    if scaled is cfg or solver.LR_SCALING == "linear":
+        return scaled
+    scaled = scaled.clone()
+    scaled.defrost()
+    factor = LR_SCALINGS[solver.LR_SCALING](processes / solver.REFERENCE_WORLD_SIZE)
+    scaled.SOLVER.BASE_LR = solver.BASE_LR * factor
+    scaled.freeze()
+    logger.info(f"SOLVER.LR_SCALING {solver.LR_SCALING}: BASE_LR {scaled.SOLVER.BASE_LR:g}")
+    return scaled
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

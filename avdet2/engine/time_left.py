@@ -67,7 +67,8 @@ def _samples(stage: Stage) -> float:
     if stage.eval_only:
         return 0
     if solver.MAX_EPOCH:
-        return solver.MAX_EPOCH * len(training_clips(stage.cfg.DATASETS.TRAIN)[0])
+        clips = len(training_clips(stage.cfg.DATASETS.TRAIN)[0])
+        return max(solver.MAX_EPOCH * clips, solver.MIN_ITER * solver.IMS_PER_BATCH)
     return solver.MAX_ITER * solver.IMS_PER_BATCH
 
 

@@ -28,7 +28,7 @@ from avdet2.data.loaders import SeededBatches, batch_per_process
 from avdet2.engine.defaults import resolve_epochs, write_own_weights
 from avdet2.engine.evidence import keep_evidence
 from avdet2.engine.hooks import ReadReport
-from avdet2.engine.optimizer import build_optimizer
+from avdet2.engine.optimizer import build_optimizer, scale_to_processes
 from avdet2.engine.resuming import check_goes_on, num_clips
 from avdet2.engine.stages import stage_kind
 from avdet2.engine.stopping import StopOnSignal
@@ -56,11 +56,12 @@ class AVTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_to_processes(cfg, comm.get_world_size())
         batch_per_process(cfg)
         if cfg.SOLVER.MAX_TO_KEEP < 0:
             raise ValueError("SOLVER.MAX_TO_KEEP must be 0, which keeps all checkpoints, or more")
         cfg = resolve_epochs(cfg)
+        stage_kind(cfg).warn_of_schedule()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)

@@ -155,6 +155,12 @@ class StageKind:
             if json_file and not PathManager.isfile(json_file):
                 raise FileNotFoundError(f"DATASETS.TRAIN: {json_file} of {name} is not there")
 
+    def warn_of_schedule(self) -> None:
+        """
+        Say what is known to be too short, or too much for the clips, of a config in which MAX_ITER and
+        IMS_PER_BATCH are those of the training.
+        """
+
     # How it trains.
 
     def finish_model(self, model: nn.Module) -> None:

@@ -41,6 +41,10 @@ from avdet2.self_boxes.inference import ReadableLoader
 logger = logging.getLogger(__name__)
 
 AUDIO_WEIGHTS = "MODEL.LOCALIZER.AUDIO_ENCODER.TIMM.WEIGHTS"
+# Iterations of batch 16 at which NCE left the plateau, on the synthetic benchmark and on photographs;
+# and the fewest clips for each cluster that were measured (1,200 photographs' clips in 16).
+PLATEAU_ITERS = (600, 1900)
+CLIPS_PER_CLUSTER = 75
 ADVICE = (
     "MODEL.WEIGHTS are for a whole localizer; for its visual encoder alone set "
     "MODEL.LOCALIZER.BACKBONE_WEIGHTS. "
@@ -137,6 +141,26 @@ class LocalizerStage(StageKind):
             raise ValueError(
                 f"MODEL.LOCALIZER.NUM_CLUSTERS is {self.num_classes}, but there are only {count} "
                 f"training clips: set it to less than {count}, or give more (shorter) clips"
+            )
+
+    def warn_of_schedule(self) -> None:
+        solver, count = self.cfg.SOLVER, len(training_clips(self.cfg.DATASETS.TRAIN)[0])
+        starts_alone = not self.cfg.MODEL.WEIGHTS and self.cfg.MODEL.LOCALIZER.OBJECTIVE == "nce"
+        if starts_alone and solver.MAX_ITER < PLATEAU_ITERS[-1]:
+            level = logging.WARNING if solver.MAX_ITER < PLATEAU_ITERS[0] else logging.INFO
+            logger.log(
+                level,
+                f"the training is {solver.MAX_ITER:,} iterations of {solver.IMS_PER_BATCH} clips. So "
+                "far the loss left that of guessing after about {:,} (drawn shapes) and {:,} "
+                "(photographs) of 16: train longer (SOLVER.MIN_ITER or MAX_EPOCH) if it does "
+                "not".format(*PLATEAU_ITERS),
+            )
+        clusters = self.num_classes if self.cfg.MODEL.LOCALIZER.LAMBDA < 1 else 0
+        if count < CLIPS_PER_CLUSTER * clusters:
+            logger.warning(
+                f"{count:,} clips in MODEL.LOCALIZER.NUM_CLUSTERS {clusters} are "
+                f"{count / clusters:.0f} a cluster; nothing with fewer than {CLIPS_PER_CLUSTER} was "
+                f"measured. Fewer clusters ({max(2, count // CLIPS_PER_CLUSTER)}) may be surer"
             )
 
     def links(self, before: Sequence[StageKind]) -> list[str]:
