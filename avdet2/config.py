@@ -398,3 +398,5 @@ def _add_pipeline(cfg: CN) -> None:
     cfg.PIPELINE.OPTIONS = ()
     # Run only these stages and those that they need. Empty: all.
     cfg.PIPELINE.ONLY = ()
+    # End before a detector whose localizer is no better than guessing: it would learn nothing.
+    cfg.PIPELINE.STOP_AT_CHANCE = True

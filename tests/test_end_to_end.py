@@ -48,6 +48,7 @@ def run(tool: str, *words: str, datasets: Path | None = None) -> str:
 def pipeline_words(folder: Path, config: str = "synthetic_pipeline.yaml") -> list[str]:
     words = ["--config-file", str(CONFIGS / config), "OUTPUT_DIR", str(folder)]
     words += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.WARMUP_ITERS", "1"]
+    words += ["PIPELINE.STOP_AT_CHANCE", "False"]
     words += ["MODEL.LOCALIZER.NUM_CLUSTERS", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
     words += ["MODEL.LOCALIZER.SELF_LABEL.NUM_OPTIMIZATIONS", "2"]
     for stage in ("localizer_pretrain", "localizer_joint"):
@@ -260,6 +261,7 @@ def test_pictures_are_drawn(finished, tiny_datasets):
 def test_a_backbone_of_three_origins(tiny_datasets, tmp_path):
     words = ["--config-file", str(CONFIGS / "synthetic_backbones.yaml"), "OUTPUT_DIR", tmp_path]
     words += ["DATALOADER.NUM_WORKERS", "0", "MODEL.LOCALIZER.NUM_CLUSTERS", "2"]
+    words += ["PIPELINE.STOP_AT_CHANCE", "False"]
     words += ["SOLVER.MAX_EPOCH", "0.0", "SOLVER.WARMUP_EPOCH", "0.0", "SOLVER.MAX_ITER", "2"]
     words += ["SOLVER.WARMUP_ITERS", "1", "SOLVER.IMS_PER_BATCH", "4"]
     words += ["MODEL.LOCALIZER.SELF_LABEL.NUM_OPTIMIZATIONS", "1"]
@@ -289,13 +291,17 @@ def test_own_videos_need_one_key(tiny_datasets, tmp_path):
     words += ["SOLVER.MAX_EPOCH", "0.0", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
     # Six clips and no more.
     words += ["MODEL.LOCALIZER.NUM_CLUSTERS", "4", "detector:MODEL.ROI_HEADS.NUM_CLASSES", "4"]
+    words += ["PIPELINE.STOP_AT_CHANCE", "False"]
     run("run_pipeline.py", *map(str, words))
     # What is known of the videos is kept once, for all stages.
     assert len(list(tmp_path.glob("clip_index-*.arrow"))) == 1
     checkpoint = torch.load(tmp_path / "detector" / "model_final.pth", weights_only=True)
     # Without a test set there are results, too.
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["localizer_joint (self-boxes)"]["training"].keys() == {"accuracy", "chance"}
+    training = results["localizer_joint (self-boxes)"]["training"]
+    assert training["chance"] == 0.5 and 0 <= training["edge_peaks"] <= 1
+    assert training["verdict"].startswith("localizer_joint picks the right sound for ")
+    assert "detector finds " in (tmp_path / "table.md").read_text()
     assert "| cluster | name |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "report" / "index.html").is_file()
     # Four clusters and the background.

@@ -88,6 +88,7 @@ def test_own_videos_outside_the_checkout(installed, tiny_datasets, tmp_path):
     words += ["SOLVER.MAX_EPOCH", "0.0", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
     # There are six clips.
     words += ["MODEL.LOCALIZER.NUM_CLUSTERS", "3"]
+    words += ["PIPELINE.STOP_AT_CHANCE", "False"]
     run(installed / "avdet2", "pipeline", *words, cwd=tmp_path)
     checkpoint = torch.load(tmp_path / "run/detector/model_final.pth", weights_only=True)
     assert checkpoint["model"]["roi_heads.box_predictor.cls_score.weight"].shape[0] == 4

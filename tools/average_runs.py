@@ -7,7 +7,6 @@ Prints the table of several pipelines that differ in their seed: mean and standa
 """
 
 import argparse
-import json
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -15,6 +14,7 @@ if __name__ == "__main__":
 
     check_paths(folders=[""])
 
+from avdet2.evaluation.results import read_results
 from avdet2.evaluation.table import results_table
 from avdet2.utils.tool import run_tool
 
@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> None:
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"not there, is the pipeline finished? {', '.join(missing)}")
-    print(results_table(*(json.loads(file.read_text()) for file in files)))
+    print(results_table(*(read_results(file) for file in files)))
 
 
 if __name__ == "__main__":

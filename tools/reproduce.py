@@ -81,8 +81,10 @@ def run_missing(runs: Runs, tables: list[SuiteTable], num_gpus: int) -> None:
     names = list(dict.fromkeys(evaluation.stage.name for evaluation in evaluations))
     if not all(runs.stages[name].is_done() for name in names):
         pipeline = os.path.join(TOOLS, "run_pipeline.py")
-        words = [sys.executable, pipeline, *processes, "--config-file", runs.config]
-        _call([*words, *runs.opts, "PIPELINE.ONLY", str(tuple(names))])
+        words = [sys.executable, pipeline, *processes, "--config-file", runs.config, *runs.opts]
+        # A table has a number of what guesses, too.
+        words += ["PIPELINE.STOP_AT_CHANCE", "False", "PIPELINE.ONLY", str(tuple(names))]
+        _call(words)
     for evaluation in evaluations:
         if not evaluation.is_done():
             logger.info(f"evaluating {evaluation.stage.name} ({' '.join(evaluation.opts)})")

@@ -13,8 +13,10 @@ PIPELINE.STAGES: in the first example localizer_pretrain, localizer_joint, warmu
 KEY VALUE at the end holds for every stage, STAGE:KEY VALUE for one, for instance
 ``detector:SOLVER.MAX_EPOCH 40``; ``PIPELINE.ONLY "('localizer_joint',)"`` runs some stages, and
 those that they need. A stage writes to OUTPUT_DIR/STAGE. Before the first one starts, all are
-checked: values, files, data sets, and what their evaluation needs. Run again, the pipeline goes
-on where it stopped; to start afresh, or with other options, choose another OUTPUT_DIR.
+checked: values, files, data sets, and what their evaluation needs. At the end of each it is said
+whether it learned, and no detector is trained from a localizer that guesses, unless
+PIPELINE.STOP_AT_CHANCE is False. Run again, the pipeline goes on where it stopped; to start
+afresh, or with other options, choose another OUTPUT_DIR.
 
 The detector's warm-up starts from the last SimCLR stage before it, as in the third example, unless
 its MODEL.SELF_BOX.INIT_BACKBONE is True (from the localizer's visual encoder) or it has weights of
@@ -34,7 +36,6 @@ has as many classes.
 
 import argparse
 import fcntl
-import json
 import logging
 import os
 import signal
@@ -57,10 +58,10 @@ from detectron2.utils.logger import setup_logger
 from avdet2.config_file import load_cfg
 from avdet2.engine.cluster_naming import write_cluster_file
 from avdet2.engine.environment import given_processes, meeting_point, stage_environment
-from avdet2.engine.pipeline import Stage, make_stages, needed, split_opts
+from avdet2.engine.pipeline import Stage, make_stages, needed, split_opts, teacher_of
 from avdet2.engine.stopping import SIGNALS, command_that_goes_on, on_signals
 from avdet2.engine.time_left import TimeLeft
-from avdet2.evaluation.build import results_file
+from avdet2.evaluation.results import read_results, results_file, write_results
 from avdet2.evaluation.table import results_table
 from avdet2.report.page import Report, write_report
 from avdet2.report.words import clusters_table, last_words, measured, too_few_clips
@@ -112,13 +113,18 @@ def run_stages(
     args: argparse.Namespace,
     lock: IO[str],
     processes: Mapping[str, str] | None = None,
-) -> None:
+    stop_at_chance: bool = True,
+) -> bool:
     """
     Run what is not done yet; stop at the first failure with its exit code.
 
     Args:
         lock: of :func:`lock_folder`.
         processes: of :func:`given_processes`: this process runs its part of each stage.
+        stop_at_chance: end before a detector whose localizer did not learn.
+
+    Returns:
+        Whether all have run.
     """
     left = TimeLeft(stages)
     for i, stage in enumerate(stages):
@@ -130,6 +136,13 @@ def run_stages(
         if stage.is_settled():
             logger.info(f"{title} is left out: the rounds before it agree")
             continue
+        teacher = teacher_of(stage, stages) if stop_at_chance else None
+        if teacher and teacher.verdict and teacher.verdict.learned is False:
+            logger.error(
+                f"{title} does not start, as it would learn from a localizer that guesses. "
+                f"{teacher.verdict}. To train it all the same: PIPELINE.STOP_AT_CHANCE False"
+            )
+            return False
         logger.info(f"{title} starts ({stage.config_file} -> {stage.folder})")
         start = time.perf_counter()
 
@@ -146,6 +159,9 @@ def run_stages(
             sys.exit(code if code > 0 else 128 - code)
         left.has_run(i, time.perf_counter() - start)
         logger.info(f"{title} took {(time.perf_counter() - start) / 60:.1f} minutes")
+        if verdict := stage.verdict:
+            logger.log(logging.WARNING if verdict.todo else logging.INFO, str(verdict))
+    return True
 
 
 def _run(
@@ -190,28 +206,30 @@ def write_table(stages: list[Stage], output_dir: str, report: Report | None = No
     Collect the results of all stages, a row for each test set, into table.md and results.json in
     OUTPUT_DIR, with what the report says of clusters. Neither is written where there is nothing.
     """
-    rows = {}
-    for stage in stages:
-        path = results_file(stage.folder)
+    rows, titles = {}, {stage.kind.title.format(stage.name): stage for stage in stages}
+    for title, stage in titles.items():
+        path, names = results_file(stage.folder), stage.cfg.DATASETS.TEST
         if not os.path.isfile(path):
             continue
-        with open(path) as f:
-            results = json.load(f)
-        title, names = stage.kind.title.format(stage.name), stage.cfg.DATASETS.TEST
+        results = read_results(path)
         if len(names) > 1:
             rows.update({f"{title}, {name}": results.get(name, {}) for name in names})
         else:
             rows[title] = results
     table = results_table(rows) if rows else ""
+    verdicts = {title: stage.verdict for title, stage in titles.items() if stage.verdict}
+    for title, verdict in verdicts.items():
+        training = verdict.numbers | {"verdict": str(verdict)}
+        rows[title] = {**rows.get(title, {}), "training": training}
     if report:
         for title, tasks in measured(report).items():
             rows[title] = {**rows.get(title, {}), **tasks}
     if rows:
-        parts = [table, clusters_table(report) if report else ""]
+        said = "".join(f"* {verdict}\n" for verdict in verdicts.values())
+        parts = [table, said, clusters_table(report) if report else ""]
         with write_whole(os.path.join(output_dir, "table.md")) as part:
             part.write_text("\n".join(text for text in parts if text))
-        with write_whole(os.path.join(output_dir, "results.json")) as part:
-            part.write_text(json.dumps(rows, indent=1))
+        write_results(os.path.join(output_dir, "results.json"), rows)
     return table
 
 
@@ -252,9 +270,9 @@ def main(args: argparse.Namespace) -> None:
     warning = too_few_clips(stages) if rank == 0 else ""
     if warning:
         logger.warning(warning)
-    run_stages(stages, args, lock, processes)
+    done = run_stages(stages, args, lock, processes, cfg.PIPELINE.STOP_AT_CHANCE)
     if rank > 0:
-        return
+        sys.exit(0 if done else 1)
     write_cluster_file(stages, output_dir)
     report = make_report(output_dir)
     table = write_table(stages, output_dir, report)
@@ -263,6 +281,7 @@ def main(args: argparse.Namespace) -> None:
     if report:
         print(f"\n{last_words(report)}\n")
     print(f"everything is in {output_dir}")
+    sys.exit(0 if done else 1)
 
 
 def argument_parser() -> argparse.ArgumentParser:

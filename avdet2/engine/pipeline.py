@@ -8,10 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from detectron2.config import CfgNode
 
+from avdet2.checkpoint.whole import is_whole
 from avdet2.config_file import flat_items, load_cfg
 from avdet2.engine.defaults import as_started, count_labels, leave_out_silent, use_own_data
 from avdet2.engine.hand_over import TIMM_WEIGHTS
@@ -23,8 +25,10 @@ from avdet2.engine.stages.self_box_detector import (
     DETECTOR_WEIGHTS,
     LOCALIZER_CONFIG,
     LOCALIZER_WEIGHTS,
+    SelfBoxDetectorStage,
 )
-from avdet2.evaluation.build import results_file
+from avdet2.engine.verdict import Verdict, read_verdict
+from avdet2.evaluation.results import results_file
 from avdet2.self_boxes.detector_teacher import read_agreement
 
 BACKBONE_WEIGHTS = "MODEL.LOCALIZER.BACKBONE_WEIGHTS"
@@ -118,9 +122,12 @@ class Stage:
 
     def is_trained(self) -> bool:
         """
-        Trained to the end. The file of the final weights may be there, but not be complete.
+        Trained to the end. The file of the final weights may be there, but not be whole: then the
+        training goes on from the checkpoint before.
         """
-        return self.last_checkpoint == FINAL and os.path.isfile(self.weights)
+        if self.last_checkpoint != FINAL or not os.path.isfile(self.weights):
+            return False
+        return _is_whole(self.weights, os.stat(self.weights).st_mtime_ns)
 
     def is_done(self) -> bool:
         """
@@ -146,6 +153,13 @@ class Stage:
             return False
         teacher = teachers[-1]
         return teacher.is_settled() or read_agreement(teacher.folder) > node.MAX_AGREEMENT
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """
+        Whether it learned; None where that is not known.
+        """
+        return read_verdict(self.kind, self.folder)
 
     @property
     def dumped_config(self) -> str:
@@ -246,6 +260,16 @@ def needed(stages: list[Stage], names: Sequence[str]) -> list[Stage]:
     return [stage for stage in stages if stage.name in wanted]
 
 
+def teacher_of(stage: Stage, stages: Sequence[Stage]) -> Stage | None:
+    """
+    The one of the stages whose localizer a detector learns from.
+    """
+    if not isinstance(stage.kind, SelfBoxDetectorStage):
+        return None
+    weights = stage.cfg.MODEL.SELF_BOX.LOCALIZER_WEIGHTS
+    return next((other for other in stages if other.weights == weights), None)
+
+
 def split_opts(opts: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     """
     KEY VALUE pairs for all stages, and STAGE:KEY VALUE pairs by stage.
@@ -330,6 +354,14 @@ def _listed(stage: Any) -> tuple[str, str, list[str]]:
         )
     opts = [str(word) for pair in (stage.get("OPTIONS") or {}).items() for word in pair]
     return stage["NAME"], stage["CONFIG"], opts
+
+
+@lru_cache
+def _is_whole(path: str, changed: int) -> bool:
+    """
+    A pipeline asks often; a file is read once as long as it does not change.
+    """
+    return is_whole(path)
 
 
 def _comparable(cfg: CfgNode) -> dict[str, str]:

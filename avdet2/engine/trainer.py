@@ -3,7 +3,6 @@
 Detectron2's trainer with the choices that avdet2's configs make.
 """
 
-import json
 import logging
 import os
 import re
@@ -33,10 +32,11 @@ from avdet2.engine.resuming import check_goes_on, num_clips
 from avdet2.engine.stages import stage_kind
 from avdet2.engine.stopping import StopOnSignal
 from avdet2.engine.train_step import NotFinite, TrainStep
-from avdet2.evaluation.build import build_evaluators, results_file
+from avdet2.engine.verdict_hook import VerdictHook
+from avdet2.evaluation.build import build_evaluators
+from avdet2.evaluation.results import results_file, write_results
 from avdet2.modeling.sync_bn import replace_sync_bn
 from avdet2.utils.collectives import broadcast_buffers
-from avdet2.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -161,17 +161,22 @@ class AVTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """
-        Stock hooks. Those of the kind of stage run before the checkpoint is written, and the one
-        that may end the training runs behind it, before an evaluation.
+        Stock hooks. Those of the kind of stage run before the checkpoint is written; the one that
+        says whether it learned, and the one that may end the training, run behind it, before an
+        evaluation.
         """
-        hooks = super().build_hooks()
+        hooks, kind, model = (
+            super().build_hooks(),
+            stage_kind(self.cfg),
+            unwrap(self._trainer.model),
+        )
         # Behind the timer and the learning rate's.
-        hooks[2:2] = stage_kind(self.cfg).build_hooks(unwrap(self._trainer.model))
+        hooks[2:2] = kind.build_hooks(model)
         for hook in hooks:
             if isinstance(hook, PeriodicCheckpointer):
                 hook.max_to_keep = self.cfg.SOLVER.MAX_TO_KEEP or None
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        hooks.insert(place, self._stop)
+        hooks[place:place] = [VerdictHook(kind, model), self._stop]
         return [*hooks, ReadReport()]
 
     @classmethod
@@ -236,8 +241,7 @@ class AVTrainer(DefaultTrainer):
         if comm.is_main_process() and cfg.DATASETS.TEST:
             path = results_file(cfg.OUTPUT_DIR)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with write_whole(path) as part:
-                part.write_text(json.dumps(results, indent=1))
+            write_results(path, results)
             logger.info(f"results written to {path}")
         return results
 

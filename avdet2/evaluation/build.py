@@ -61,13 +61,6 @@ class ResultPlots(DatasetEvaluator):
             logger.warning(f"the results are not drawn: {error!r}")
 
 
-def results_file(output_dir: str) -> str:
-    """
-    Where a run's results are written.
-    """
-    return os.path.join(output_dir, "inference", "results.json")
-
-
 def check_registered(key: str, names: Sequence[str]) -> None:
     """
     Args:

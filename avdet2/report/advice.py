@@ -3,8 +3,9 @@
 What to do where a run did not learn.
 """
 
+from avdet2.engine.verdict import longer
 from avdet2.report.clusters import Clusters
-from avdet2.report.run_folder import FinishedStage, RunFolder
+from avdet2.report.run_folder import RunFolder
 
 __all__ = ["ENOUGH_CLIPS", "advice"]
 
@@ -18,33 +19,30 @@ def advice(run: RunFolder, clusters: Clusters) -> list[str]:
     """
     What to do where something did not learn; empty where all went well.
     """
-    learning, todo = run.learning, []
-    learned = not learning or learning[-1].learned
+    localizer, todo = run.localizer, []
+    learned = localizer.verdict is None or localizer.verdict.learned
+    if not learned and clusters.num_clips < ENOUGH_CLIPS:
+        todo.append(
+            f"more clips: there are {clusters.num_clips:,}, the synthetic benchmark needed "
+            f"{ENOUGH_CLIPS:,}"
+        )
+    # A detector is no better than its localizer.
+    said = [stage for stage in run.stages if learned or stage.is_localizer]
+    todo += [text for stage in said if stage.verdict for text in stage.verdict.todo]
     if not learned:
-        if clusters.num_clips < ENOUGH_CLIPS:
-            todo.append(
-                f"more clips: there are {clusters.num_clips:,}, the synthetic benchmark needed "
-                f"{ENOUGH_CLIPS:,}"
-            )
-        todo += [_longer(stage) for stage in run.stages if stage.learning]
         todo.append(
             "check that the clips have sound that belongs to what is seen (music over pictures "
             "teaches nothing): listen to them on the page"
         )
     elif len(clusters.doubtful) > DOUBTFUL_SHARE * len(clusters.clusters):
-        number = run.localizer.cfg.MODEL.LOCALIZER.NUM_CLUSTERS
+        number = localizer.cfg.MODEL.LOCALIZER.NUM_CLUSTERS
         todo.append(
             f"{len(clusters.doubtful)} of {number} clusters are doubtful: try another "
-            f"MODEL.LOCALIZER.NUM_CLUSTERS, or {_longer(run.localizer)}"
+            f"MODEL.LOCALIZER.NUM_CLUSTERS, or {longer(localizer.name, localizer.cfg)}"
         )
-    if learned and run.detector and not clusters.detector_works:
-        todo.append(f"the detector finds little: {_longer(run.detector)}")
+    # Stages that say nothing of themselves are of older versions.
+    if learned and run.detector and not (run.detector.verdict or clusters.detector_works):
+        todo.append(f"the detector finds little: {longer(run.detector.name, run.detector.cfg)}")
     if todo:
         todo.append("a run with other options needs an OUTPUT_DIR of its own")
     return todo
-
-
-def _longer(stage: FinishedStage) -> str:
-    solver = stage.cfg.SOLVER
-    key = "MAX_EPOCH" if solver.MAX_EPOCH else "MAX_ITER"
-    return f"train longer: {stage.name}:SOLVER.{key} {2 * solver[key]:g} (was {solver[key]:g})"

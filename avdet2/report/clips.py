@@ -85,6 +85,9 @@ class ShownClip:
 class ClipShower:
     """
     Runs a run's localizer and detector over clips, one at a time, and writes what the page needs.
+
+    Attributes:
+        model: the localizer.
     """
 
     def __init__(self, run: RunFolder, folder: Path) -> None:
@@ -94,7 +97,7 @@ class ClipShower:
             folder: of the page; its media/ must be there.
         """
         stage = run.localizer
-        self._model, _ = load_localizer(
+        self.model, _ = load_localizer(
             str(stage.folder / "config.yaml"), str(stage.weights), stage.cfg.MODEL.DEVICE
         )
         self._mapper = AVMapper(stage.cfg, "full")
@@ -126,7 +129,7 @@ class ClipShower:
             logger.warning(f"a clip is not shown: {error}")
             return False
         with torch.no_grad():
-            (output,) = self._model([self._mapper.output(clip, frame, waveform)])
+            (output,) = self.model([self._mapper.output(clip, frame, waveform)])
         height, width = frame.shape[:2]
         scale = 100 / np.array([width, height, width, height])
         boxes = _xywh(output["instances"].pred_boxes.tensor.cpu().numpy() * scale)

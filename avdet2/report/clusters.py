@@ -12,19 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from avdet2.data.clips import label_pairs, training_clips
+from avdet2.engine.verdict import FEW_BOXES, SCORE
+from avdet2.evaluation.naming.cluster_relations import ClusterRelations
 from avdet2.evaluation.naming.votes import ClusterVotes, frozen_votes
 from avdet2.report.clips import ClipShower, ShownClip
+from avdet2.report.relations import find_relations
 from avdet2.report.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# A detection counts from this score on.
-SCORE = 0.5
 # Below these a cluster is doubtful: its clips' mean confidence, its size over N / K, the share of
 # its most frequent label, and the share of its clips on which the detector finds it.
 DOUBTS = {"confidence": 0.5, "size": 0.25, "purity": 0.5, "found": 0.5}
-# Boxes on a shown clip, each of which has a self-box; a detector that finds fewer finds nothing.
-FEW_BOXES = 0.25
 # Surely clustered clips whose label is not their cluster's.
 MAX_MISTAKES = 12
 
@@ -106,6 +105,7 @@ class Clusters:
             have each, of shape (K, C); no names where there are no labels.
         mistakes: sure clips whose label is not their cluster's most frequent one.
         num_clips: that could be read.
+        relations: which may mean the same, and which two things.
     """
 
     clusters: list[Cluster]
@@ -113,6 +113,7 @@ class Clusters:
     confusion: np.ndarray
     mistakes: list[ShownClip]
     num_clips: int
+    relations: ClusterRelations = field(default_factory=ClusterRelations)
 
     @property
     def shown(self) -> list[ShownClip]:
@@ -213,6 +214,8 @@ def look_at_clusters(run: RunFolder, folder: Path, count: int) -> Clusters:
     clusters = Clusters(found, labels.names, confusion, mistakes, len(chosen))
     for cluster in found:
         cluster.detector_works = clusters.detector_works
+    cfg = run.localizer.cfg
+    clusters.relations = find_relations(shower.model, cfg, clips, votes, clusters.shown)
     return clusters
 
 

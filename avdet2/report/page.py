@@ -13,10 +13,12 @@ import jinja2
 
 import avdet2
 from avdet2.engine.cluster_naming import names_of_stage
+from avdet2.engine.verdict import SCORE, SCORES
 from avdet2.evaluation.naming.cluster_file import ClusterFile
 from avdet2.evaluation.table import table_cells
 from avdet2.report.advice import advice
-from avdet2.report.clusters import DOUBTS, SCORE, Clusters, look_at_clusters
+from avdet2.report.clusters import DOUBTS, Clusters, look_at_clusters
+from avdet2.report.failures import ShownFailure, draw_failures
 from avdet2.report.run_folder import RunFolder
 from avdet2.utils.files import write_whole
 from avdet2.visualization import PALETTE, save_curves
@@ -75,8 +77,13 @@ def write_report(run: str | Path, clips: int = CLIPS) -> Report:
     (folder / "media").mkdir(parents=True)
     number = found.localizer.cfg.MODEL.LOCALIZER.NUM_CLUSTERS
     clusters = look_at_clusters(found, folder, max(3, min(clips, MAX_CLIPS // number)))
+    inference = (found.detector or found.localizer).folder / "inference"
+    inference.mkdir(exist_ok=True)
+    # Beside cluster_matching.json, where there is one.
+    clusters.relations.write(inference / "cluster_relations.json")
     report = Report(found, clusters, _names(found, clusters), folder / "index.html")
-    render(report, _draw_curves(found, folder), _copy_pictures(found, folder))
+    failures = draw_failures(found.detector, folder) if found.detector else {}
+    render(report, _draw_curves(found, folder), _copy_pictures(found, folder), failures)
     return report
 
 
@@ -116,7 +123,12 @@ def _copy_pictures(run: RunFolder, folder: Path) -> dict[str, str]:
     return files
 
 
-def render(report: Report, curves: dict[str, str], pictures: dict[str, str]) -> None:
+def render(
+    report: Report,
+    curves: dict[str, str],
+    pictures: dict[str, str],
+    failures: dict[str, list[ShownFailure]],
+) -> None:
     """
     Write index.html and its style and script.
     """
@@ -147,6 +159,7 @@ def render(report: Report, curves: dict[str, str], pictures: dict[str, str]) -> 
         rows={title: [cells[i] for i in used] for title, cells in rows.items()},
         curves=curves,
         pictures=pictures,
+        failures=failures,
         colors=[_css_color(color) for color in PALETTE],
         score=SCORE,
         max_boxes=MAX_BOXES,
@@ -155,7 +168,7 @@ def render(report: Report, curves: dict[str, str], pictures: dict[str, str]) -> 
         ids=ids,
         labels=labels,
         columns=[*ids, len(ids)],
-        boxes=clusters.boxes_above((0.9, 0.7, 0.5, 0.3, 0.1)) if run.detector else {},
+        boxes=clusters.boxes_above(SCORES) if run.detector else {},
     )
     # Names of files may hold bytes that are no text.
     with write_whole(report.index) as part:

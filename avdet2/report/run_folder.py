@@ -3,9 +3,6 @@
 What the folder of a run says of its stages: configs, weights, metrics, results.
 """
 
-import json
-import re
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -14,40 +11,16 @@ import torch
 
 from detectron2.config import CfgNode
 
+from avdet2.checkpoint.whole import is_whole
 from avdet2.config_file import load_cfg
 from avdet2.engine.defaults import use_own_data
 from avdet2.engine.stages import FINAL, stage_kind
 from avdet2.engine.stages.base import WEIGHTS, StageKind
 from avdet2.engine.stages.localizer import LocalizerStage
 from avdet2.engine.stages.self_box_detector import SelfBoxDetectorStage
-from avdet2.evaluation.build import results_file
-from avdet2.modeling.objectives import build_objective
+from avdet2.engine.verdict import Verdict, read_verdict
+from avdet2.evaluation.results import read_results, results_file
 from avdet2.visualization import read_metrics
-
-# Share of a training's last metrics whose mean is its accuracy.
-LAST = 0.1
-
-
-@dataclass(frozen=True)
-class Learning:
-    """
-    How well a localizer tells which sound belongs to a frame, on the clips that it trains on.
-
-    Attributes:
-        stage: name of the localizer.
-        accuracy, chance: in [0, 1]; what guessing would give.
-    """
-
-    stage: str
-    accuracy: float
-    chance: float
-
-    @property
-    def learned(self) -> bool:
-        """
-        Whether it is clearly better than guessing: by a tenth, or three times as good.
-        """
-        return self.accuracy > self.chance + min(2 * self.chance, 0.1)
 
 
 class FinishedStage:
@@ -58,7 +31,7 @@ class FinishedStage:
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.name
         self.weights = folder / FINAL
-        self.is_trained = self.weights.is_file()
+        self.is_trained = is_whole(self.weights)
         opts = [WEIGHTS, str(self.weights)] if self.is_trained else []
         self.cfg: CfgNode = load_cfg(str(folder / "config.yaml"), opts)
         if not torch.cuda.is_available():
@@ -115,37 +88,18 @@ class FinishedStage:
         path = Path(results_file(str(self.folder)))
         if not path.is_file():
             return {}
-        found, title = json.loads(path.read_text()), self.kind.title.format(self.name)
+        found, title = read_results(path), self.kind.title.format(self.name)
         test_sets = self.cfg.DATASETS.TEST
         if len(test_sets) <= 1:
             return {title: found} if found else {}
         return {f"{title}, {name}": found[name] for name in test_sets if found.get(name)}
 
-    @property
-    def learning(self) -> Learning | None:
+    @cached_property
+    def verdict(self) -> Verdict | None:
         """
-        None where it is no localizer, or its metrics are not there.
+        Whether it learned; None where that is not known.
         """
-        if not self.is_localizer:
-            return None
-        name = build_objective(self.cfg.MODEL.LOCALIZER).name
-        values = [row[f"{name}/accuracy"] for row in self.metrics if f"{name}/accuracy" in row]
-        if not values:
-            return None
-        accuracy = np.mean(values[-max(1, round(LAST * len(values))) :])
-        # The other objectives decide between two.
-        chance = 1 / self._sounds_to_choose_from() if name == "nce" else 0.5
-        return Learning(self.name, float(accuracy), chance)
-
-    def _sounds_to_choose_from(self) -> float:
-        """
-        A batch of all processes, as the log counts them.
-        """
-        solver, log = self.cfg.SOLVER, self.folder / "log.txt"
-        text = log.read_text(errors="replace") if log.is_file() else ""
-        worlds = re.findall(r"World size: (\d+)", text)
-        world = int(worlds[-1]) if worlds else 1
-        return max(1.0, solver.IMS_PER_BATCH * world / (solver.REFERENCE_WORLD_SIZE or world))
+        return read_verdict(self.kind, self.folder)
 
 
 class RunFolder:
@@ -198,8 +152,8 @@ class RunFolder:
         return {title: row for stage in self.stages for title, row in stage.results.items()}
 
     @property
-    def learning(self) -> list[Learning]:
-        return [stage.learning for stage in self.stages if stage.learning]
+    def verdicts(self) -> list[Verdict]:
+        return [stage.verdict for stage in self.stages if stage.verdict]
 
 
 def _order(stage: FinishedStage) -> tuple[int, float]:

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 
 from avdet2.data.clips import training_clips
 from avdet2.engine.pipeline import Stage
+from avdet2.engine.verdict import SCORES
 from avdet2.report.advice import ENOUGH_CLIPS, advice
-from avdet2.report.clusters import SCORE
 from avdet2.report.page import Report
 
 __all__ = ["clusters_table", "last_words", "measured", "too_few_clips"]
-
-SCORES = (0.1, 0.3, SCORE, 0.7, 0.9)
 
 
 def too_few_clips(stages: Sequence[Stage]) -> str:
@@ -39,17 +37,14 @@ def too_few_clips(stages: Sequence[Stage]) -> str:
 
 def measured(report: Report) -> dict[str, dict[str, dict[str, float]]]:
     """
-    What is known without a test set, as rows of results (row, task, metric, number).
+    What is known of the clusters without a test set, as rows of results (row, task, metric,
+    number).
     """
     run, clusters = report.run, report.clusters
     rows: dict[str, dict[str, dict[str, float]]] = {}
-    for stage in run.stages:
-        if learning := stage.learning:
-            numbers = {"accuracy": learning.accuracy, "chance": learning.chance}
-            rows[stage.kind.title.format(stage.name)] = {"training": numbers}
     used = [cluster for cluster in clusters.clusters if cluster.size]
     sizes = [cluster.size for cluster in used]
-    rows.setdefault(run.localizer.kind.title.format(run.localizer.name), {})["assignment"] = {
+    assignment = {
         "clips": clusters.num_clips,
         "clusters_used": len(used),
         "clusters_doubtful": len(clusters.doubtful),
@@ -57,6 +52,7 @@ def measured(report: Report) -> dict[str, dict[str, dict[str, float]]]:
         "largest": max(sizes),
         "confidence": sum(c.size * c.confidence for c in used) / clusters.num_clips,
     }
+    rows[run.localizer.kind.title.format(run.localizer.name)] = {"assignment": assignment}
     if run.detector:
         boxes = clusters.boxes_above(SCORES)
         counts = {f"boxes_{100 * score:.0f}": count for score, count in boxes.items()}
@@ -81,6 +77,22 @@ def clusters_table(report: Report) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def related(report: Report) -> list[str]:
+    """
+    Which clusters are probably one class, and which are two, a line for each.
+    """
+    names, relations = report.names.names, report.clusters.relations
+    lines = [
+        f"clusters {pair.first} ({names[pair.first]}) and {pair.second} ({names[pair.second]}) are "
+        "probably one class: give them one name"
+        for pair in relations.same
+    ]
+    return lines + [
+        f"cluster {double.cluster} ({names[double.cluster]}) is probably two classes"
+        for double in relations.double
+    ]
+
+
 def last_words(report: Report) -> str:
     """
     Clusters, whether the localizer learned, what the detector finds, what to do, and the page.
@@ -88,18 +100,14 @@ def last_words(report: Report) -> str:
     run, clusters = report.run, report.clusters
     used = sum(cluster.size > 0 for cluster in clusters.clusters)
     lines = [f"{clusters.num_clips:,} clips in {used} clusters:", "", clusters_table(report)]
-    for learning in run.learning:
-        verdict = "it learned" if learning.learned else "it did NOT learn"
-        lines.append(
-            f"{learning.stage} picks the right sound for {learning.accuracy:.0%} of the frames "
-            f"(chance: {learning.chance:.0%}): {verdict}"
-        )
+    lines += [verdict.text for verdict in run.verdicts]
     if run.detector:
         counts = clusters.boxes_above(SCORES)
         found = ", ".join(f"{count} from score {score} on" for score, count in counts.items())
         lines.append(
             f"{run.detector.name}, on {len(clusters.shown)} training frames, boxes: {found}"
         )
+    lines += related(report)
     if todo := advice(run, clusters):
         lines += ["", "What to do:", *(f"* {text}" for text in todo)]
     folder = shlex.quote(str(run.path))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from avdet2.engine.pipeline import Stage, make_stages, needed
-from avdet2.evaluation.build import results_file
+from avdet2.evaluation.results import read_results, results_file
 from avdet2.model_zoo import get_config_file
 from avdet2.reproduce.suites import Column, Source, Suite, SuiteTable
 
@@ -85,8 +85,7 @@ class Evaluation:
         """
         if not self.is_done():
             return {}
-        with open(results_file(self.folder)) as f:
-            found = json.load(f)
+        found = read_results(results_file(self.folder))
         return {self.test_sets[0]: found} if len(self.test_sets) == 1 else found
 
     def commands(self, tools: str) -> Iterator[list[str]]:

@@ -4,6 +4,8 @@ Tests of how stages are linked, and of what is left to do; tests/test_end_to_end
 """
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,20 @@ def test_half_a_file_is_no_training(tmp_path):
     assert "--resume" in stage.command("train_net.py", ARGS)
     (tmp_path / "detector" / "last_checkpoint").unlink()
     assert not stage.is_done()
+
+
+def test_damaged_weights_are_no_training(tmp_path):
+    stage = stages_of(tmp_path)["detector"]
+    train(stage)
+    path, now = Path(stage.weights), time.time()
+    whole = path.read_bytes()
+    for age, content in enumerate((whole[: len(whole) // 2], b"", bytes(len(whole)))):
+        path.write_bytes(content)
+        os.utime(path, (now - age, now - age))
+        assert not stage.is_trained() and not stage.is_done()
+        assert "--resume" in stage.command("train_net.py", ARGS)
+    path.write_bytes(whole)
+    assert stage.is_trained() and stage.is_done()
 
 
 def test_a_trained_stage_without_results_is_only_evaluated(tmp_path):

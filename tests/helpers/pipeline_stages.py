@@ -7,6 +7,8 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
+import torch
+
 from avdet2.engine.pipeline import make_stages
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -30,7 +32,7 @@ def train(stage):
     folder = Path(stage.folder)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(stage.cfg.dump())
-    (folder / "model_final.pth").touch()
+    torch.save({}, folder / "model_final.pth")
     (folder / "last_checkpoint").write_text("model_final.pth")
 
 

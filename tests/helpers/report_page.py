@@ -8,12 +8,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from avdet2.config_file import load_cfg
 from avdet2.data.media.writing import write_sound
 from avdet2.evaluation.naming.cluster_file import ClusterFile
 from avdet2.report.clips import Found, ShownClip
 from avdet2.report.clusters import Cluster, Clusters
+from avdet2.report.failures import ShownFailure
 from avdet2.report.page import Report, render
 from avdet2.report.run_folder import RunFolder
 
@@ -25,7 +27,7 @@ def make_stage(run: Path, name: str, config: str, *opts: str, trained: bool = Tr
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(load_cfg(str(QUICK / config), list(opts)).dump())
     if trained:
-        (folder / "model_final.pth").touch()
+        torch.save({}, folder / "model_final.pth")
     return folder
 
 
@@ -62,5 +64,6 @@ def make_page(run: Path, names: tuple[str, ...] = ("horn", "drum", "cluster_002"
     report = Report(
         RunFolder(run), summary, ClusterFile.of_names(names), run / "report" / "index.html"
     )
-    render(report, {}, {})
+    failures = {"Nothing is found": [ShownFailure("media/frame.jpg", "there: horn")]}
+    render(report, {}, {}, failures)
     return report

@@ -32,7 +32,6 @@ def test_the_table_of_clusters_has_a_line_for_each(report):
 def test_what_is_measured_without_a_test_set(report):
     rows = measured(report)
     localizer = rows["localizer_joint (self-boxes)"]
-    assert localizer["training"] == {"accuracy": pytest.approx(0.9), "chance": 1 / 16}
     expected = {"clips": 30, "clusters_used": 3, "clusters_doubtful": 1, "smallest": 10}
     expected |= {"largest": 10, "confidence": pytest.approx(0.6)}
     assert localizer["assignment"] == expected
@@ -55,9 +54,10 @@ def test_a_run_that_learned_needs_nothing(report):
 def test_a_run_that_did_not_learn_is_told_what_to_do(report):
     folder = report.run.path / "localizer_joint"
     write_metrics(folder, [{"iteration": 19, "nce/accuracy": 0.07}])
-    del report.run.localizer.metrics
+    del report.run.localizer.verdict
     text = last_words(report)
     assert "(chance: 6%): it did NOT learn" in text
+    assert not report.run.localizer.verdict.learned
     assert "* more clips: there are 30, the synthetic benchmark needed 1,600" in text
     assert "* train longer: localizer_joint:SOLVER.MAX_EPOCH 60 (was 30)" in text
     assert "OUTPUT_DIR of its own" in text

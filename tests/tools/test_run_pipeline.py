@@ -13,13 +13,17 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from pipeline_stages import train
+from report_page import write_metrics
 
 from avdet2.engine.environment import TORCHRUN
-from avdet2.engine.pipeline import make_stages
+from avdet2.engine.pipeline import Stage, make_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "run_pipeline.py"
 PIPELINE = str(ROOT / "configs" / "pipeline_K39.yaml")
+SYNTHETIC = str(ROOT / "configs" / "quick_schedules" / "synthetic_pipeline.yaml")
+METRICS = '{"iteration": 19, "nce/accuracy": %s}\n'
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,20 @@ def test_one_row_for_each_stage(tool, tmp_path):
     ]
     assert " 12.3 " in lines[0] and " 45.6 " in lines[1]
     assert json.loads((tmp_path / "results.json").read_text())["detector"]["bbox"]["AP50"] == 45.6
+
+
+def test_what_is_said_of_stages_is_written(tool, tmp_path):
+    stages = make_stages(PIPELINE, ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "('a',)"])
+    said = {"stage": "localizer_joint", "learned": True, "text": "It learned", "todo": ["More"]}
+    said |= {"numbers": {"accuracy": 0.5, "left_plateau": None}}
+    folder = Path(stages[1].folder)
+    folder.mkdir(parents=True)
+    (folder / "verdict.json").write_text(json.dumps(said))
+    assert tool.write_table(stages, str(tmp_path)) == ""
+    assert (tmp_path / "table.md").read_text() == "* It learned. To change: More\n"
+    results = json.loads((tmp_path / "results.json").read_text())
+    numbers = {"accuracy": 0.5, "left_plateau": None, "verdict": "It learned. To change: More"}
+    assert results == {"localizer_joint (self-boxes)": {"training": numbers}}
 
 
 def test_simclr_has_no_row(tool, tmp_path):
@@ -85,6 +103,7 @@ class FakeStage:
     """
 
     name, config_file, folder = "fake", "fake.yaml", "folder"
+    kind = verdict = None
 
     def __init__(self, line: str, done: bool = False) -> None:
         self.line, self.done = line, done
@@ -107,6 +126,36 @@ def test_the_first_failure_is_the_last_stage(tool, tmp_path):
         tool.run_stages(stages, Namespace(), lock)
     assert error.value.code == 3
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "opts", "ends"),
+    [(1 / 16, {}, True), (1 / 16, {"stop_at_chance": False}, False), (0.5, {}, False)],
+)
+def test_no_detector_learns_from_a_localizer_that_guesses(
+    tool, tmp_path, monkeypatch, caplog, accuracy, opts, ends
+):
+    words = ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "()"]
+    stages = make_stages(SYNTHETIC, words)[1:]
+    pretrain, joint, warmup, detector = stages
+    train(pretrain)
+    # It runs now: it is judged by what it wrote.
+    write_metrics(Path(pretrain.folder), [{"iteration": 0, "nce/accuracy": 0.5}])
+    joint_code = f"open({joint.folder!r} + '/metrics.json', 'w').write({METRICS % accuracy!r})"
+    Path(joint.folder).mkdir()
+    codes = {joint: joint_code}
+    for stage in (warmup, detector):
+        codes[stage] = f"open({str(tmp_path / stage.name)!r} + '.ran', 'w')"
+    monkeypatch.setattr(Stage, "command", lambda self, *_: [sys.executable, "-c", codes[self]])
+    with tool.lock_folder(str(tmp_path)) as lock:
+        assert tool.run_stages(stages, Namespace(), lock, **opts) != ends
+    ran = {path.stem for path in tmp_path.glob("*.ran")}
+    assert ran == (set() if ends else {warmup.name, detector.name})
+    text = "localizer_joint picks the right sound for 6% of the frames (chance: 6%): it did NOT"
+    # At the end of its stage, and again where it ends the pipeline.
+    assert caplog.text.count(text) == (accuracy < 0.5) + ends
+    assert ("detector_warmup does not start" in caplog.text) == ends
+    assert ("PIPELINE.STOP_AT_CHANCE False" in caplog.text) == ends
 
 
 def test_the_time_is_told_ever_more_rarely(tool, tmp_path, monkeypatch):
@@ -194,7 +243,7 @@ def test_stages_on_two_machines_meet_at_ports_of_their_own(tool, tmp_path):
 OTHER = (
     SLEEPER[: SLEEPER.index("code =")]
     + """
-tool.run_stages = lambda *args: print(args[-1]["RANK"])
+tool.run_stages = lambda *args: print(args[3]["RANK"]) or True
 tool.main(tool.default_argument_parser().parse_args(sys.argv[2:]))
 """
 )
@@ -233,6 +282,7 @@ def test_all_stages_by_torchrun(tiny_datasets, tmp_path):
     config = ROOT / "configs" / "quick_schedules" / "synthetic_pipeline.yaml"
     words += ["--config-file", str(config), "OUTPUT_DIR", str(tmp_path)]
     words += ["DISTRIBUTED.TIMEOUT", "120", "SOLVER.WARMUP_ITERS", "1"]
+    words += ["PIPELINE.STOP_AT_CHANCE", "False"]
     words += ["DATALOADER.NUM_WORKERS", "1", "MODEL.LOCALIZER.NUM_CLUSTERS", "2"]
     for stage in ("localizer_pretrain", "localizer_joint"):
         words += [f"{stage}:SOLVER.MAX_EPOCH", "0.0", f"{stage}:SOLVER.MAX_ITER", "2"]
