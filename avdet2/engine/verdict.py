@@ -37,8 +37,8 @@ LAST = 0.1
 SETTLED_NMI = 0.5
 # A box of a larger (smaller) share of the frame says little of where an object is.
 LARGE_BOX, SMALL_BOX = 0.6, 0.01
-# Standard deviation over mean of boxes' sides. Objects differ in size and distance: those of the
-# synthetic benchmark, which differ less than real ones, have 0.3.
+# Standard deviation over mean of boxes' sides. Objects differ in size and distance: self-boxes of
+# the synthetic benchmark, whose objects differ less than real ones, have 0.2.
 EQUAL_BOXES = 0.08
 # A detection counts from this score on; others are told, too.
 SCORE = 0.5
@@ -187,6 +187,8 @@ def _weak_points(kind: StageKind, name: str, numbers: dict[str, float]) -> Itera
             f"the clusters are not settled (NMI of the last two labellings {nmi:.2f}): "
             f"{longer(name, kind.cfg)}"
         )
+    # On the synthetic benchmark, whose maps have 27 % of their cells at the edge, random weights have
+    # 66 % of their peaks there, and trained ones 0 to 11 %.
     edge, by_chance = known.get("edge_peaks", 0), known.get("edge_by_chance", 1)
     if edge > (1 + by_chance) / 2:
         yield (

@@ -21,7 +21,7 @@ SAME = {"correlation": 0.5, "confusion": 0.1, "co_detections": 0.5}
 SAME_IOU, LEAST_SCORE = 0.5, 0.2
 # Of a cluster that is probably two: the silhouette of its halves, and the least share of the
 # smaller one (else it is a few odd clips).
-SILHOUETTE, LEAST_SHARE = 0.25, 0.15
+SILHOUETTE, LEAST_SHARE = 0.45, 0.15
 # Detections, and clips, of which anything can be said.
 FEW_DETECTIONS, FEW_CLIPS = 5, 10
 

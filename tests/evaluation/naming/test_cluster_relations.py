@@ -82,10 +82,10 @@ def test_a_detection_on_several_counts_once():
 
 def test_a_cluster_of_two_classes_is_double():
     rng = np.random.default_rng(0)
-    centers = 3 * np.eye(3)
+    centers = 5 * np.eye(16)
     # Cluster 0: 20 clips of one class and 10 of another; cluster 1: of a third one; 2: a few clips.
     places = np.repeat([0, 1, 2, 0], [20, 10, 30, 4])
-    embeddings = centers[places] + 0.5 * rng.normal(size=(64, 3))
+    embeddings = centers[places] + 0.5 * rng.normal(size=(64, 16))
     clusters = np.repeat([0, 1, 2], [30, 30, 4])
     (found,) = doubles(embeddings, clusters)
     assert found.cluster == 0 and found.share == pytest.approx(1 / 3)
