@@ -43,13 +43,14 @@ def find_relations(
         votes: its votes on them.
         shown: clips on the page, with what a detector finds on them, if there is one.
     """
-    found = None
-    if any(clip.found for clip in shown):
-        found = co_detections(map(_detections, shown), votes.num_clusters)
-    pairs = same_pairs(votes.logits_v.numpy(), votes.logits_a.numpy(), found)
-    ids = [int(votes.sample_ids[row]) for row in _sample(votes.clusters.numpy())]
+    found = co_detections(map(_detections, shown), votes.num_clusters)
+    chosen = votes.clusters.numpy()
+    ids = [int(votes.sample_ids[row]) for row in _sample(chosen)]
     ids, embeddings = _embeddings(model, cfg, [clips[i] for i in ids])
-    return ClusterRelations(pairs, doubles(embeddings, votes.clusters.numpy()[votes.rows_of(ids)]))
+    clusters = chosen[votes.rows_of(ids)]
+    modalities = (votes.logits_v.argmax(dim=1).numpy(), votes.logits_a.argmax(dim=1).numpy())
+    pairs = same_pairs(modalities, embeddings, clusters, found)
+    return ClusterRelations(pairs, doubles(embeddings, clusters))
 
 
 def _detections(clip: ShownClip) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,24 +4,30 @@ Clusters that may mean the same, and clusters that may mean two things: suggesti
 without labels.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from avdet2.utils.files import write_whole
+from avdet2.evaluation.results import write_results
 
 __all__ = ["ClusterRelations", "DoubleCluster", "Pair", "co_detections", "doubles", "same_pairs"]
 
-# How alike two clusters must be to be suggested, by each kind of evidence.
-SAME = {"correlation": 0.5, "confusion": 0.1, "co_detections": 0.5}
+# Two clusters are suggested as one class where sight and sound confuse them, and their clips do not
+# lie apart (silhouette of the two); or where a detector finds both of them on one object. Measured
+# on the synthetic benchmark's 6 classes, with heads of 3, 6 and 12 clusters trained on the features
+# of a joint training: all 12 pairs of one class are found, and no other. Of those on features of
+# the pre-training, half of whose clusters are mixed, 11 of 16 suggested pairs are right.
+# Of a detector of six such classes, no two are found on one object more often than .2.
+CONFUSION, APART = 0.3, 0.2
+CO_DETECTIONS = 0.5
 # Detections of two clusters on one object, and the score from which a detection counts.
 SAME_IOU, LEAST_SCORE = 0.5, 0.2
 # Of a cluster that is probably two: the silhouette of its halves, and the least share of the
-# smaller one (else it is a few odd clips).
-SILHOUETTE, LEAST_SHARE = 0.45, 0.15
+# smaller one (else it is a few odd clips). Of the same clusters, 22 of 24 suggested ones have a
+# second class with a share of .2 or more, and 22 of 27 such clusters are suggested.
+SILHOUETTE, LEAST_SHARE = 0.45, 0.2
 # Detections, and clips, of which anything can be said.
 FEW_DETECTIONS, FEW_CLIPS = 5, 10
 
@@ -33,25 +39,25 @@ class Pair:
 
     Attributes:
         first, second: the clusters; first < second.
-        correlation: of their logits over the clips, mean of both modalities.
         confusion: share of their clips that sight puts in one and sound into the other.
+        silhouette: of their clips, in [-1, 1]: how far apart the two lie.
         co_detections: share of the detections of the one with fewer on which the other one is
-            detected, too. None where that is not known.
+            detected, too. NaN where that is not known.
     """
 
     first: int
     second: int
-    correlation: float
     confusion: float
-    co_detections: float | None
+    silhouette: float
+    co_detections: float
 
     @property
-    def likeness(self) -> float:
+    def is_same(self) -> bool:
         """
-        Mean over the kinds of evidence, each as a share of what is asked for; 1 and more is alike.
+        Whether it is suggested.
         """
-        known = {key: getattr(self, key) for key in SAME if getattr(self, key) is not None}
-        return float(np.mean([value / SAME[key] for key, value in known.items()]))
+        is_confused = self.confusion >= CONFUSION and self.silhouette < APART
+        return is_confused or self.co_detections >= CO_DETECTIONS
 
 
 @dataclass(frozen=True)
@@ -98,58 +104,45 @@ class ClusterRelations:
         """
         content = {
             "help": "Suggestions: `same` are probably one class, a cluster of `double` two.",
-            "same": [asdict(pair) | {"likeness": pair.likeness} for pair in self.same],
+            "same": [asdict(pair) for pair in self.same],
             "double": [asdict(cluster) for cluster in self.double],
         }
-        with write_whole(path) as part:
-            part.write_text(json.dumps(content, indent=1))
+        write_results(path, content)
 
 
 def same_pairs(
-    logits_v: np.ndarray, logits_a: np.ndarray, found: np.ndarray | None = None
+    votes: tuple[np.ndarray, np.ndarray],
+    embeddings: np.ndarray,
+    clusters: np.ndarray,
+    found: np.ndarray,
 ) -> list[Pair]:
     """
     Pairs of clusters that are probably one class.
 
-    Heads that cannot tell two clusters apart give both of them high logits for the same clips, and
-    sight and sound pick one of them each by chance; a detector finds both of them on one object.
-
     Args:
-        logits_v, logits_a: of shape (n, K), of the training clips.
-        found: of :func:`co_detections`, where there is a detector.
+        votes: the clusters (n,) into which sight puts the clips, and those into which sound does.
+        embeddings: of shape (m, D), of some of the clips.
+        clusters: of these, of shape (m,).
+        found: of :func:`co_detections`, of shape (K, K); NaN without a detector.
 
     Returns:
-        Those with a likeness of 1 or more, the most alike first.
+        The most confused first.
     """
-    number = logits_v.shape[1]
-    correlation = (_correlation(logits_v) + _correlation(logits_a)) / 2
-    counts = np.zeros((number, number))
-    np.add.at(counts, (logits_v.argmax(axis=1), logits_a.argmax(axis=1)), 1)
-    own = counts.diagonal()
-    crossed = counts + counts.T
+    # Only needed when a run is looked at.
+    from sklearn.metrics import silhouette_score
+
+    counts = np.zeros(found.shape)
+    np.add.at(counts, votes, 1)
+    own, crossed = counts.diagonal(), counts + counts.T
     confusion = crossed / np.maximum(crossed + own[:, None] + own, 1)
-    pairs = [
-        Pair(
-            i,
-            j,
-            float(correlation[i, j]),
-            float(confusion[i, j]),
-            None if found is None or np.isnan(found[i, j]) else float(found[i, j]),
-        )
-        for i, j in zip(*np.triu_indices(number, 1))
-    ]
-    return sorted((x for x in pairs if x.likeness >= 1), key=lambda x: -x.likeness)
-
-
-def _correlation(logits: np.ndarray) -> np.ndarray:
-    """
-    Of the columns, (K, K); 0 for a constant one.
-    """
-    centered = logits - logits.mean(axis=0)
-    # What all clusters of a clip have in common means nothing to a softmax.
-    centered = centered - centered.mean(axis=1, keepdims=True)
-    length = np.linalg.norm(centered, axis=0)
-    return (centered.T @ centered) / np.maximum(length[:, None] * length, 1e-12)
+    pairs = []
+    for i, j in np.argwhere(np.triu((confusion >= CONFUSION) | (found >= CO_DETECTIONS), 1)):
+        both = np.isin(clusters, (i, j))
+        sizes = [(clusters == k).sum() for k in (i, j)]
+        apart = silhouette_score(embeddings[both], clusters[both]) if min(sizes) > 1 else np.nan
+        numbers = (float(x) for x in (confusion[i, j], apart, found[i, j]))
+        pairs.append(Pair(int(i), int(j), *numbers))
+    return sorted((pair for pair in pairs if pair.is_same), key=lambda pair: -pair.confusion)
 
 
 def co_detections(

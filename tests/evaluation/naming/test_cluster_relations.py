@@ -16,49 +16,62 @@ from avdet2.evaluation.naming.cluster_relations import (
 )
 
 
-def logits_of(classes: np.ndarray, class_of: list[int], noise: float, seed: int) -> np.ndarray:
+def clips(class_of: list[int], seed: int = 0) -> tuple:
     """
-    Of heads that know a clip's class, and choose among its clusters by chance.
+    Votes, embeddings and clusters of clips of three classes, of heads that know a clip's class and
+    choose among its clusters by chance; each class has a place in the embedding.
     """
     rng = np.random.default_rng(seed)
-    is_own = classes[:, None] == np.array(class_of)
-    return 5.0 * is_own + noise * rng.normal(size=is_own.shape)
+    classes = np.repeat(np.arange(3), 60)
+    own = [np.flatnonzero(np.array(class_of) == c) for c in range(3)]
+    sight, sound = (np.array([rng.choice(own[c]) for c in classes]) for _ in range(2))
+    embeddings = 5 * np.eye(8)[classes] + rng.normal(size=(180, 8))
+    return (sight, sound), embeddings, sight
 
 
-@pytest.fixture
-def classes() -> np.ndarray:
-    return np.repeat(np.arange(3), 40)
+def unknown(number: int) -> np.ndarray:
+    return np.full((number, number), np.nan)
 
 
-def test_two_clusters_of_one_class_are_the_same(classes):
-    class_of = [0, 1, 2, 1]
-    pairs = same_pairs(*(logits_of(classes, class_of, 0.8, seed) for seed in (0, 1)))
+def test_two_clusters_of_one_class_are_the_same():
+    pairs = same_pairs(*clips([0, 1, 2, 1]), unknown(4))
     assert [(pair.first, pair.second) for pair in pairs] == [(1, 3)]
     (pair,) = pairs
-    assert pair.correlation > 0.8 and pair.co_detections is None and pair.likeness > 1
     # Both heads choose one of the two by chance: they differ in half of the cases.
     assert pair.confusion == pytest.approx(0.5, abs=0.15)
+    assert abs(pair.silhouette) < 0.1 and np.isnan(pair.co_detections)
     relations = ClusterRelations(pairs)
     assert [relations.of(k) for k in range(4)] == [[], [3], [], [1]]
 
 
-def test_clusters_of_classes_of_their_own_are_not(classes):
-    assert same_pairs(*(logits_of(classes, [0, 1, 2], 0.8, seed) for seed in (0, 1))) == []
+def test_clusters_of_classes_of_their_own_are_not():
+    assert same_pairs(*clips([0, 1, 2]), unknown(3)) == []
+    # Nor is one without a clip.
+    assert same_pairs(*clips([0, 1, 2, 9]), unknown(4)) == []
 
 
-def test_a_cluster_without_clips_is_like_none(classes):
-    logits = [logits_of(classes, [0, 1, 2, 9], 0.8, seed) for seed in (0, 1)]
-    for part in logits:
-        part[:, 3] = -5
-    assert same_pairs(*logits) == []
+def test_confused_clusters_whose_clips_lie_apart_are_two():
+    (sight, sound), embeddings, _ = clips([0, 1, 2, 1])
+    # Everything that sight puts into cluster 3 is elsewhere.
+    embeddings[sight == 3] += 20
+    assert same_pairs((sight, sound), embeddings, sight, unknown(4)) == []
+
+
+def test_a_detector_that_finds_both_on_one_object_says_enough():
+    found = unknown(3)
+    found[0, 2] = found[2, 0] = 0.8
+    (pair,) = same_pairs(*clips([0, 1, 2]), found)
+    assert (pair.first, pair.second, pair.confusion, pair.co_detections) == (0, 2, 0, 0.8)
+    found[0, 2] = 0.4
+    assert same_pairs(*clips([0, 1, 2]), found) == []
 
 
 def test_confusion_is_counted_by_hand():
-    # Sight and sound, of six clips: 0 and 1 are crossed twice, and 3 clips have both in one.
-    v, a = np.eye(3)[[0, 0, 1, 1, 1, 2]], np.eye(3)[[0, 1, 0, 1, 1, 2]]
-    (pair,) = same_pairs(10 * v, 10 * a, np.full((3, 3), 1.0))[:1]
+    # Of six clips: 0 and 1 are crossed twice, and 3 clips have both in one of them.
+    votes = np.array([0, 0, 1, 1, 1, 2]), np.array([0, 1, 0, 1, 1, 2])
+    (pair,) = same_pairs(votes, np.ones((6, 2)), votes[0], unknown(3))
     assert (pair.first, pair.second) == (0, 1)
-    assert pair.confusion == pytest.approx(2 / 5) and pair.co_detections == 1
+    assert pair.confusion == pytest.approx(2 / 5)
 
 
 def test_detections_on_one_object_are_counted():
@@ -101,10 +114,10 @@ def test_odd_clips_are_no_class():
     assert doubles(embeddings, np.zeros(40, int)) == []
 
 
-def test_what_is_written(classes, tmp_path):
-    pairs = same_pairs(*(logits_of(classes, [0, 1, 2, 1], 0.8, seed) for seed in (0, 1)))
+def test_what_is_written(tmp_path):
+    pairs = same_pairs(*clips([0, 1, 2, 1]), unknown(4))
     ClusterRelations(pairs).write(tmp_path / "cluster_relations.json")
     content = json.loads((tmp_path / "cluster_relations.json").read_text())
     (pair,) = content["same"]
     assert (pair["first"], pair["second"], pair["co_detections"]) == (1, 3, None)
-    assert pair["likeness"] == pairs[0].likeness and content["double"] == []
+    assert pair["confusion"] == pairs[0].confusion and content["double"] == []
