@@ -43,7 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--clips", help="clip list: csv or jsonl with file, start, duration")
-    source.add_argument("--folder", help="folder of videos, which are cut into clips")
+    source.add_argument("--folder", help="folder of videos, or one, cut into clips")
     parser.add_argument("--output", required=True, help="folder for the shards")
     parser.add_argument("--root", default="", help="folder of the files in the list; else its own")
     parser.add_argument("--clip-seconds", type=float, default=10.0, help="with --folder")
@@ -114,7 +114,8 @@ def main(args: argparse.Namespace) -> None:
     See the top of this file.
     """
     source = args.clips or args.folder
-    root = args.folder or args.root or os.path.dirname(os.path.abspath(source))
+    folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
+    root = (not args.folder and args.root) or folder
     # A list's is beside it.
     index = args.index or (os.path.join(args.output, "videos.index.arrow") if args.folder else None)
     found = scan_clips(source, args.root, args.clip_seconds, index)

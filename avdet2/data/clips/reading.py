@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-__all__ = ["CLIPS", "read_clip_list"]
+__all__ = ["CLIPS", "is_clip_list", "read_clip_list"]
 
 # What a list is read as. Names of files are bytes: a file system may hold names that are no UTF-8.
 CLIPS = pa.schema(
@@ -33,6 +33,13 @@ CLIPS = pa.schema(
 _COLUMNS = ["file", "start", "duration", "label"]
 # So many lines of a jsonl file are Python objects at a time.
 CHUNK = 10000
+
+
+def is_clip_list(path: str) -> bool:
+    """
+    Whether a path names a clip list; other files are videos.
+    """
+    return path.endswith((".csv", ".jsonl", ".parquet")) and not os.path.isdir(path)
 
 
 def read_clip_list(path: str, root: str = "") -> pa.Table:
@@ -50,13 +57,10 @@ def read_clip_list(path: str, root: str = "") -> pa.Table:
     Raises:
         ValueError: names the line or row that is wrong and what is expected.
     """
+    if not is_clip_list(path):
+        raise ValueError(f"{path}: a clip list is a .csv, .jsonl or .parquet file")
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    read = readers.get(os.path.splitext(path)[1])
-    if read is None:
-        raise ValueError(
-            f"{path}: a clip list is a .csv, .jsonl or .parquet file, or a folder of videos"
-        )
-    table = read(path)
+    table = readers[os.path.splitext(path)[1]](path)
     if not len(table):
         return CLIPS.empty_table()
     start, duration = _numbers(table["start"]), _numbers(table["duration"])

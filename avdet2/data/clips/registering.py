@@ -1,6 +1,6 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-From a clip list or a folder of videos to the clips that can be used, and to registered data sets.
+From a clip list or videos to the clips that can be used, and to registered data sets.
 """
 
 import logging
@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import log_first_n
 
 from avdet2.data.clips.index import Index, list_key, look_up
-from avdet2.data.clips.reading import read_clip_list, whole
+from avdet2.data.clips.reading import is_clip_list, read_clip_list, whole
 from avdet2.data.clips.table import COLUMNS, ClipTable, label_pairs
 from avdet2.utils.files import walk_once
 
@@ -32,7 +32,15 @@ __all__ = [
     "training_clips",
 ]
 
-VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+# Of files that hold pictures and sound and that FFmpeg opens. Others that it opens (sound, pictures,
+# and formats of games) are not looked for in a folder; a clip list may name any file.
+VIDEO_EXTENSIONS = tuple(
+    """
+    .3g2 .3gp .amv .asf .avi .dav .dif .divx .dv .dvd .f4v .flv .gxf .ism .ismv .m1v .m2t .m2ts .m2v
+    .m4v .mj2 .mk3d .mkv .mov .mp4 .mpe .mpeg .mpg .mpv .mts .mxf .nsv .nut .ogm .ogv .psp .qt .rm
+    .rmvb .swf .tod .trp .ts .vob .vro .webm .wmv .wtv
+    """.split()
+)
 # A clip of which less lies within its file is left out: its sound would be mostly padding.
 MIN_SECONDS = 0.5
 OUTSIDE = "outside the file's duration"
@@ -75,13 +83,13 @@ def scan_clips(
     with pictures and sound, and within their file. A clip that reaches over the end is shortened.
 
     Args:
-        source: path of a clip list (see :func:`read_clip_list`), or a folder of videos, which is
-            searched with all folders in it.
+        source: path of a clip list (see :func:`read_clip_list`), of a folder of videos, which is
+            searched with all folders in it, or of one video.
         root: folder of the files in a list; where empty, the folder that the list is in.
-        clip_seconds: length of the clips into which a folder's videos are cut, one after the other.
+        clip_seconds: length of the clips into which videos are cut, one after the other.
             A rest of at least half of it is a clip too; a video shorter than that is one clip.
         index: file that keeps what is known of the files, and the list. By default it is beside a
-            list, `<list>.index.arrow`, and only in memory for a folder or where that cannot be
+            list, `<list>.index.arrow`, and only in memory for videos or where that cannot be
             written.
         classes: class names; by default the labels in sorted order.
 
@@ -95,11 +103,13 @@ def scan_clips(
     """
     if not clip_seconds > 0:
         raise ValueError(f"clip_seconds must be above 0, not {clip_seconds}")
-    if os.path.isdir(source):
+    if not os.path.exists(source):
+        raise ValueError(f"{source}: no such clip list, video or folder of videos")
+    if not is_clip_list(source):
         found = look_up(source, lambda: (_videos_in(source), None), index=index)
         names = list(classes or ())
         clips, skipped = _cut(found.files, clip_seconds)
-    elif os.path.isfile(source):
+    else:
         base = os.path.abspath(root or os.path.dirname(source))
 
         def read() -> tuple[pa.Array, pa.Table]:
@@ -111,15 +121,13 @@ def scan_clips(
         labels = whole(found.clips["labels"]).values.dictionary.to_pylist()
         names = labels if classes is None else list(classes)
         clips, skipped = _within_files(found, names, source)
-    else:
-        raise ValueError(f"{source}: no such clip list or folder of videos")
     if found.clips is not None:
         _warn_of_copies(found.clips, source)
     summary = f"{source}: left out {len(skipped)}, kept {len(clips)} clips: {_counts(skipped)}"
     if not len(clips):
         raise ValueError(
-            f"{source}: no usable clip (videos with sound, {' '.join(VIDEO_EXTENSIONS)}). "
-            + (summary if skipped else "There is none in it.")
+            f"{source}: no usable clip. Wanted are videos with sound, or a clip list (.csv, .jsonl, "
+            f".parquet). {summary if skipped else _no_videos_in(source)}"
         )
     if skipped:
         log_first_n(logging.WARNING, summary, key="message", name=__name__)
@@ -152,7 +160,7 @@ def register_av_clips(
     classes: list[str] | None = None,
 ) -> None:
     """
-    Register a clip list or a folder of videos as a Detectron2 data set. Nothing is read before the
+    Register a clip list or videos as a Detectron2 data set. Nothing is read before the
     data set is asked for, and then it is read once. Its metadata: `evaluator_type` "av_clips" and,
     from then on, `label_classes`, the names of the labels.
 
@@ -352,8 +360,19 @@ def _counts(skipped: list[tuple[str, str]]) -> str:
     return "; ".join(f"{count} x {reason} (first: {first[reason]})" for reason, count in counts)
 
 
-def _videos_in(folder: str) -> pa.Array:
-    found = []
-    for place, names in walk_once(os.path.abspath(folder)):
+def _videos_in(source: str) -> pa.Array:
+    """
+    The videos in a folder; a file is taken as one, whatever its name.
+    """
+    found = [] if os.path.isdir(source) else [os.path.abspath(source)]
+    for place, names in walk_once(os.path.abspath(source)):
         found += [os.path.join(place, n) for n in names if n.lower().endswith(VIDEO_EXTENSIONS)]
     return pa.array(map(os.fsencode, sorted(found)), pa.large_binary())
+
+
+def _no_videos_in(source: str) -> str:
+    names = [name for _, names in walk_once(source) for name in names]
+    others = Counter(os.path.splitext(name)[1].lower() or name for name in names).most_common(5)
+    others = ", ".join(f"{number} x {ending}" for ending, number in others)
+    found = f", but {others} (videos end in {' '.join(VIDEO_EXTENSIONS)})" if others else ""
+    return f"There is none in it{found}."

@@ -6,16 +6,21 @@ From clip lists and folders of videos to data sets.
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import av
 import pytest
+from av.format import ContainerFormat
 from clip_tables import indexed
-from media_files import HEIGHT, WIDTH
+from media_files import HEIGHT, WIDTH, time_of_frame, write_video
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from avdet2.data.clips import (
+    VIDEO_EXTENSIONS,
     ClipTable,
     check_left_out,
     load_av_clips,
@@ -25,6 +30,7 @@ from avdet2.data.clips import (
     single_labels,
     training_clips,
 )
+from avdet2.data.media.video import read_sample
 
 HEADER = "file,start,duration,label\n"
 
@@ -44,6 +50,62 @@ def test_folder_is_cut_into_clips(videos: Path) -> None:
     lengths = [1.0, 1.0, 1.0, 1.0, 0.6, 0.7]
     assert [clip["duration"] for clip in clips] == pytest.approx(lengths, abs=0.03)
     assert [clip["start"] for clip in load_av_clips(str(videos))] == [0.0, 0.0, 0.0]
+
+
+def test_a_single_video_is_cut_into_clips(videos: Path, tmp_path: Path) -> None:
+    # Whatever its name: only a folder is searched by endings.
+    path = shutil.copy(str(videos / "a.mkv"), str(tmp_path / "recording"))
+    clips = load_av_clips(path, clip_seconds=1.0)
+    assert [(clip["file_name"], clip["start"]) for clip in clips] == [(path, 0.0), (path, 1.0)]
+    with pytest.raises(ValueError, match=r"1 x cannot be opened as media \(first: .*notes.txt"):
+        load_av_clips(str(videos / "notes.txt"))
+
+
+def test_a_folder_of_all_kinds_of_videos(tmp_path: Path) -> None:
+    codecs = {
+        ("libx264", "aac"): "mkv mov mp4 3g2 3gp asf f4v flv ismv m2ts m4v mts psp ts wmv",
+        ("mpeg2video", "mp2"): "dvd m2t mpeg mpg vob wtv",
+        ("flv1", "mp3"): "swf",
+        ("mpeg4", "mp3"): "avi nut",
+        ("rv10", "ac3"): "rm",
+        ("libvpx", "flac"): "ogv",
+    }
+    # SWF has no 48 kHz.
+    written = [
+        write_video(tmp_path / f"a.{ending}", 1.0, codecs=pair, sample_rate=44100)
+        for pair, endings in codecs.items()
+        for ending in endings.split()
+    ]
+    written.append(write_video(tmp_path / "a.webm", 1.0))
+    # Other names of the same containers.
+    for old, new in {"avi": "divx", "mov": "qt", "mpg": "MPE", "rm": "rmvb", "ts": "trp"}.items():
+        written.append(shutil.copy(f"{tmp_path}/a.{old}", f"{tmp_path}/b.{new}"))
+    for name, content in {"a.png": b"\x89PNG\r\n", "b.txt": b"words", "c.mp3": b"ID3"}.items():
+        (tmp_path / name).write_bytes(content)
+    # Qt's translations and TypeScript have this ending, too.
+    (tmp_path / "c.ts").write_text("const words = 1;\n")
+    found = scan_clips(str(tmp_path))
+    assert sorted(clip["file_name"] for clip in found.clips) == sorted(written)
+    assert found.skipped == [(str(tmp_path / "c.ts"), "cannot be opened as media")]
+    for clip in found.clips:
+        image, _ = read_sample(clip["file_name"], 0.5)
+        # Some containers cannot say that reordered pictures begin before their sound.
+        assert abs(time_of_frame(image) - 0.5) < 0.2, clip["file_name"]
+
+
+def test_endings_that_ffmpeg_gives_to_pictures_with_sound(tmp_path: Path) -> None:
+    found = set()
+    for name in av.formats_available:
+        with suppress(ValueError):
+            made = ContainerFormat(name)
+            for ending in made.extensions if made.is_output else ():
+                with av.open(str(tmp_path / f"a.{ending}"), "w") as container:
+                    kinds = container.default_video_codec, container.default_audio_codec
+                found |= set() if "none" in kinds else {f".{ending}"}
+    # Sound with its cover, lists of files, and what games use.
+    others = ".afc .aif .aifc .aiff .cpk .flac .isma .m3u8 .m4a .m4b .mp3 .mpd .ogg .ra .roq .wma"
+    assert found - set(VIDEO_EXTENSIONS) <= set(others.split())
+    assert len(found & set(VIDEO_EXTENSIONS)) > 25
 
 
 def test_a_folder_with_a_link_to_itself(videos: Path) -> None:
@@ -113,10 +175,10 @@ def test_clips_with_several_labels(videos: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_usable(videos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no usable clip .* There is none in it"):
+    with pytest.raises(ValueError, match="no usable clip.* There is none in it"):
         load_av_clips(str(tmp_path))
     source = write_list(tmp_path / "a.csv", "file,start,duration\nsilent.mp4,0,1\nx.mp4,0,1\n")
-    with pytest.raises(ValueError, match="no usable clip .*1 x no audio stream.*file not found"):
+    with pytest.raises(ValueError, match="no usable clip.*1 x no audio stream.*file not found"):
         load_av_clips(source, str(videos))
     with pytest.raises(ValueError, match="clip_seconds must be above 0"):
         load_av_clips(str(videos), clip_seconds=0.0)
@@ -137,7 +199,7 @@ def test_registered_list(videos: Path, tmp_path: Path) -> None:
     # Nothing is read when a data set is registered.
     register_av_clips("clips_test", str(source), str(videos))
     assert MetadataCatalog.get("clips_test").evaluator_type == "av_clips"
-    with pytest.raises(ValueError, match="no such clip list or folder"):
+    with pytest.raises(ValueError, match="no such clip list, video or folder"):
         DatasetCatalog.get("clips_test")
     write_list(source, HEADER + "a.mkv,0,1,owl\na.mkv,1,1,ant\n")
     assert [clip["label"] for clip in DatasetCatalog.get("clips_test")] == [1, 0]

@@ -88,7 +88,7 @@ def test_script_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for words, message in (
         ([], "give --solo, --duet or both"),
         (["--solo", solo, "--videos", "gone"], "gone: no such folder of videos"),
-        (["--solo", solo, "--videos", videos], "no usable clip .* There is none in it"),
+        (["--solo", solo, "--videos", videos], "no usable clip.* There is none in it"),
         (["--solo", solo, "--exclude", solo], "expected DSOL's boxes"),
     ):
         with pytest.raises(SystemExit, match=f"prepare_music_clips.py: .*{message}"):
