@@ -22,13 +22,13 @@ from detectron2.utils.logger import log_first_n, setup_logger
 
 from avdet2.checkpoint import pixel_messages
 from avdet2.config_file import load_cfg
-from avdet2.data.clips import register_av_clips, training_clips
+from avdet2.data.clips import is_clip_list, register_av_clips, training_clips
 from avdet2.data.datasets.coco_av import may_have_sound, register_coco_av
 from avdet2.engine.stages import FINAL, stage_kind
 from avdet2.engine.stages.self_box_detector import NUM_CLASSES
 from avdet2.engine.train_step import check_precision
+from avdet2.utils.console import quiet_console
 from avdet2.utils.files import locked, write_whole
-from avdet2.utils.tool import hide_tracebacks
 
 logger = logging.getLogger(__name__)
 # Workers of a run that was killed end so many seconds later, at the most.
@@ -70,7 +70,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     # Whoever reads a run's config.yaml, with another OUTPUT_DIR, uses that run's clips.
     is_dump = os.path.basename(args.config_file) == "config.yaml"
     use_own_data(cfg, os.path.dirname(args.config_file) if is_dump else cfg.OUTPUT_DIR)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="avdet2", abbrev_name="av")
+    rank = comm.get_rank()
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="avdet2", abbrev_name="av")
     if not is_dump:
         count_labels(cfg, args.opts)
     if not args.eval_only:
@@ -88,8 +89,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
         messages = pixel_messages(cfg, starts[:1] if args.eval_only else starts)
     # and, by other processes, the config file itself.
     comm.synchronize()
+    # As default_setup does, which then finds them set up.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
+    quiet_console()
     default_setup(cfg, args)
-    hide_tracebacks()
     for level, text in messages:
         logger.log(level, text)
     return cfg
@@ -103,8 +107,8 @@ def _check(cfg: CfgNode, eval_only: bool) -> None:
         )
     if not (cfg.DATASETS.TRAIN or eval_only):
         raise ValueError(
-            "there are no training clips: set DATASETS.VIDEOS (a folder of videos or a clip list) "
-            "or DATASETS.TRAIN (registered data sets)"
+            "there are no training clips: set DATASETS.VIDEOS (a folder of videos, a video or a clip "
+            "list) or DATASETS.TRAIN (registered data sets)"
         )
     if cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.TRUST_PICKLES:
         raise ValueError(
@@ -123,14 +127,14 @@ def _check(cfg: CfgNode, eval_only: bool) -> None:
 
 def use_own_data(cfg: CfgNode, run_folder: str = "") -> None:
     """
-    Make cfg.DATASETS.VIDEOS, a folder or a clip list, the training set, and DATASETS.TEST_JSON the
-    test set, in place.
+    Make cfg.DATASETS.VIDEOS, a folder, a video or a clip list, the training set, and
+    DATASETS.TEST_JSON the test set, in place.
 
     Args:
         cfg: not frozen; paths below DATASETS become absolute.
-        run_folder: of the run; by default cfg.OUTPUT_DIR. What is known of a folder's videos is
-            kept one folder above it, where the stages of a pipeline share it; what is known of a
-            list's, beside the list.
+        run_folder: of the run; by default cfg.OUTPUT_DIR. What is known of videos is kept one
+            folder above it, where the stages of a pipeline share it; what is known of a list's,
+            beside the list.
     """
     node = cfg.DATASETS
     for key in ("PREPARED", "TEST_JSON", "TEST_IMAGES"):
@@ -150,7 +154,7 @@ def use_own_data(cfg: CfgNode, run_folder: str = "") -> None:
     name = f"videos:{source}"
     if name not in DatasetCatalog.list():
         index = None
-        if os.path.isdir(source):
+        if not is_clip_list(source):
             above = os.path.dirname(os.path.abspath(run_folder or cfg.OUTPUT_DIR))
             digest = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:12]
             index = os.path.join(above, f"clip_index-{digest}.arrow")

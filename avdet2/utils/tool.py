@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["hide_tracebacks", "mistake_of", "run_tool"]
+__all__ = ["mistake_of", "run_tool"]
 
 # By these avdet2 says what is to be changed. MediaError is a ValueError.
 MISTAKES = (ValueError, OSError, FloatingPointError)
@@ -58,21 +58,6 @@ def mistake_of(error: BaseException) -> str | None:
         text = text.strip("\"'") if found else str(error.args[0] if error.args else "")
         return _one_line(text) if text.startswith(NO_SUCH_NAME) else None
     return _one_line(text) if issubclass(kind, MISTAKES) and text.strip() else None
-
-
-def hide_tracebacks() -> None:
-    """
-    Keep the tracebacks that Detectron2 logs in the log's file: what ends the program is printed in
-    any case.
-    """
-    for name in ("detectron2", "fvcore", "avdet2"):
-        for handler in logging.getLogger(name).handlers:
-            if getattr(handler, "stream", None) in (sys.stdout, sys.stderr):
-                handler.addFilter(_has_no_traceback)
-
-
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-    return not record.exc_info
 
 
 def _one_line(text: str) -> str:

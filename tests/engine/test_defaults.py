@@ -10,6 +10,7 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, default_argument_parser
+from detectron2.utils.logger import setup_logger
 
 from avdet2.config import add_avdet2_config
 from avdet2.engine import load_cfg, resolve_epochs, setup, use_own_data
@@ -362,6 +363,16 @@ def test_setup_of_a_run(tmp_path, loggers, unregister, monkeypatch):
     # What is written can be read again, and is the same but for tuples within tuples.
     again = load_cfg(str(output / "config.yaml"))
     assert json.dumps(again) == json.dumps(cfg)
+
+
+def test_what_setup_tells_is_in_the_log_and_little_of_it_on_the_console(tmp_path, loggers, capsys):
+    setup_logger.cache_clear()
+    _setup("--eval-only", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path)
+    told, log = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
+    for text in ("Rank of current process", "Environment info", "Running with full config"):
+        assert text in log and text not in told
+    # Once: Detectron2's own set-up adds no second handler.
+    assert told.count("Full config saved to") == log.count("Full config saved to") == 1
 
 
 def test_setup_without_training_clips(tmp_path, loggers):

@@ -18,7 +18,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.logger import setup_logger
 
 from avdet2.data.media.video import MediaError
-from avdet2.utils.tool import hide_tracebacks, mistake_of, run_tool
+from avdet2.utils.tool import mistake_of, run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,21 +110,6 @@ def test_a_mistake_in_a_process() -> None:
 
 def fail_at(rank: int) -> None:
     raise ValueError(f"rank {rank} is wrong")
-
-
-def test_the_console_has_no_tracebacks(log, capsys) -> None:
-    # Of Detectron2's loop, on any error.
-    logger = logging.getLogger("avdet2")
-    logger.handlers[0].setStream(sys.stdout)
-    hide_tracebacks()
-    try:
-        raise ValueError("x")
-    except ValueError:
-        logger.exception("Exception during training:")
-    logger.warning("a warning")
-    out = capsys.readouterr().out
-    assert "a warning" in out and "Exception" not in out
-    assert "Traceback" in log.read_text()
 
 
 def test_a_tool_says_what_is_wrong_in_one_line(tmp_path) -> None:
