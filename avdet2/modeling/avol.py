@@ -65,7 +65,8 @@ class AVOLEncoder(Backbone):
         self._out_feature_channels = dict(zip(names, channels))
         self._out_feature_strides = {}
         self.out_channels = channels[len(names) - 1]
-        self.pools = (1, *pools)
+        # A list, which a loop of TorchScript may index.
+        self.pools = [1, *pools]
         stride = stem_stride
         for name, width, pool in zip(names, channels, self.pools):
             stride *= pool
@@ -81,13 +82,19 @@ class AVOLEncoder(Backbone):
         """
         The maps named in ``out_features``, by name, of x (N, in_channels, H, W).
         """
-        outputs = {}
-        for name, pool in zip(self._out_feature_channels, self.pools):
-            if pool > 1:
-                x = F.max_pool2d(x, pool)
-            x = getattr(self, name)(x)
+        return self._maps(x)
+
+    def _maps(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs: dict[str, torch.Tensor] = {}
+        i = 0
+        # Only blocks are modules; torch.jit.script unrolls the loop over them.
+        for name, block in self.named_children():
+            if self.pools[i] > 1:
+                x = F.max_pool2d(x, self.pools[i])
+            x = block(x)
             if name in self._out_features:
                 outputs[name] = x
+            i += 1
         return outputs
 
 
@@ -156,5 +163,4 @@ class AVOLAudioEncoder(AVOLEncoder):
         super().__init__(1, node.CHANNELS, node.STEM_STRIDE, node.POOLS, norm, (last,))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (features,) = super().forward(x).values()
-        return features
+        return self._maps(x)[self._out_features[0]]

@@ -197,3 +197,18 @@ def test_wrong_settings_are_refused():
     cfg.MODEL.AVOL.OUT_FEATURES = ("conv4", "conv5")
     with pytest.raises(ValueError, match="conv5"):
         build_backbone(cfg)
+
+
+def test_the_encoders_can_be_scripted():
+    torch.manual_seed(0)
+    cfg = _cfg()
+    cfg.MODEL.AVOL.OUT_FEATURES = ("conv2", "conv4")
+    visual = build_avol_backbone(cfg, RGB).eval()
+    image = torch.rand(1, 3, 64, 96)
+    scripted = torch.jit.script(visual)(image)
+    expected = visual(image)
+    assert list(scripted) == list(expected) == ["conv2", "conv4"]
+    assert all(torch.equal(scripted[name], expected[name]) for name in expected)
+    audio = AUDIO_ENCODER_REGISTRY.get("AVOLAudioEncoder")(cfg).eval()
+    sound = torch.rand(1, 1, 65, 60)
+    assert torch.equal(torch.jit.script(audio)(sound), audio(sound))

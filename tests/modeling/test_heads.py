@@ -102,3 +102,11 @@ def test_the_joint_cluster_is_that_of_the_sum(kind):
     )
     assert joint_cluster(logits_v, logits_a).tolist() == [1, 0, 1]
     assert int(joint_cluster(logits_v[0], logits_a[0])) == 1
+
+
+def test_a_head_can_be_scripted():
+    torch.manual_seed(0)
+    head = _head(5, dropout=0.3).eval()
+    _randomize_norm(head)
+    features = torch.randn(2, 12, 3, 4)
+    assert torch.equal(torch.jit.script(head)(features), head(features))

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from detectron2.config import configurable
@@ -158,7 +157,7 @@ class ProjectionHead(nn.Sequential):
                 kernel_size=1,
                 bias=False,
                 norm=get_norm(norm, width_out),
-                activation=F.relu if i < num_layers else None,
+                activation=nn.ReLU() if i < num_layers else None,
             )
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             layers.append(layer)
