@@ -66,6 +66,8 @@ EXPORT = ["globox>=2.5", "onnx>=1.16", "onnxruntime>=1.18"]
 # tools/predict.py --track. It asks for opencv-python, which lies beside the headless build in one
 # Python package, cv2: install the headless one again after it.
 TRACK = ["supervision>=0.26.1", "trackers>=2.6"]
+# WANDB.PROJECT.
+WANDB = ["wandb>=0.16"]
 
 setup(
     name="avdet2",
@@ -106,6 +108,7 @@ setup(
         "selective-search": ["opencv-contrib-python-headless>=4.10"],
         "export": EXPORT,
         "track": TRACK,
+        "wandb": WANDB,
         # Tests, lint and format.
         "dev": DEV + EXPORT,
     },

@@ -27,15 +27,17 @@ def add_avdet2_config(cfg: CN) -> None:
     _add_rounds(cfg)
     _add_solver(cfg)
     _add_test(cfg)
+    # The project of Weights & Biases that gets what TensorBoard gets; empty: none.
+    cfg.WANDB = CN({"PROJECT": ""})
     _add_distributed(cfg)
     _add_pipeline(cfg)
 
 
 def _add_data(cfg: CN) -> None:
-    # A folder of videos, or a clip list (csv, jsonl), that is to be used in place of
-    # DATASETS.TRAIN. Empty: DATASETS.TRAIN as it stands.
+    # A folder of videos, one video, or a clip list (csv, jsonl, parquet), that is to be used in place
+    # of DATASETS.TRAIN. Empty: DATASETS.TRAIN as it stands.
     cfg.DATASETS.VIDEOS = ""
-    # Videos of a folder are cut into clips of so many seconds.
+    # Videos are cut into clips of so many seconds.
     cfg.DATASETS.CLIP_SECONDS = 10.0
     # The largest share of the training clips that may be left out, as they have no sound, cannot be
     # read ...: with more, the run ends with an error that counts the reasons. 1: any.
@@ -352,6 +354,10 @@ def _add_solver(cfg: CN) -> None:
 
 
 def _add_test(cfg: CN) -> None:
+    # A metric by which the best weights, of all evaluations (EVAL_PERIOD), are kept as
+    # model_best.pth, for instance bbox/AP50; of several test sets NAME/bbox/AP50. Empty: none are.
+    # Which is best must be told by a validation set.
+    cfg.TEST.BEST_METRIC = ""
     cfg.TEST.MATCHING = CN()
     # How clusters get names, for assessment only: hungarian, argmax, manual, mshot or file.
     cfg.TEST.MATCHING.METHOD = "hungarian"

@@ -65,7 +65,7 @@ def test_setup_asks_for_what_is_imported_and_nothing_else():
     needed = _imported("avdet2", "datasets")
     declared, for_tests = _declared("INSTALL_REQUIRES"), _declared("DEV")
     exports = _declared("EXPORT")
-    optional = _declared("TRACK") | exports
+    optional = _declared("TRACK") | _declared("WANDB") | exports
     assert {"torch", "opencv-python-headless", "pyyaml"} <= needed <= declared | optional
     # PyTorch imports onnx.
     assert optional - needed <= {"onnx"}

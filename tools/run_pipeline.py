@@ -9,7 +9,8 @@ learned and what to do next, and writes a page to look at and to listen to (tool
     python tools/run_pipeline.py --config-file configs/pipeline_K39_simclr.yaml DATASETS.VIDEOS ...
 
 The stages, their names and their config files are listed in the pipeline's config, under
-PIPELINE.STAGES: in the first example localizer_pretrain, localizer_joint, warmup and detector.
+PIPELINE.STAGES: in the second example localizer_pretrain, localizer_joint, detector_warmup and
+detector.
 KEY VALUE at the end holds for every stage, STAGE:KEY VALUE for one, for instance
 ``detector:SOLVER.MAX_EPOCH 40``; ``PIPELINE.ONLY "('localizer_joint',)"`` runs some stages, and
 those that they need. A stage writes to OUTPUT_DIR/STAGE. Before the first one starts, all are

@@ -183,6 +183,11 @@ RULES: dict[str, Rule] = {
     "SOLVER.WARMUP_EPOCH": at_least(0),
     "SOLVER.WARMUP_ITERS": at_least(0),
     "SOLVER.WEIGHT_DECAY": at_least(0),
+    "TEST.BEST_METRIC": Rule(
+        lambda name, cfg: not name or (cfg.TEST.EVAL_PERIOD > 0 and len(cfg.DATASETS.TEST) > 0),
+        'empty ("") where there are no evaluations to choose from: set TEST.EVAL_PERIOD, '
+        "DATASETS.TEST",
+    ),
     "TEST.DETECTIONS_PER_IMAGE": at_least(1),
     "TEST.EVAL_PERIOD": at_least(0),
     "TEST.MATCHING.METHOD": one_of((*METHODS, "file")),
@@ -191,6 +196,7 @@ RULES: dict[str, Rule] = {
     "TEST.MATCHING.M": at_least(1),
     "TEST.LOCALIZATION.PROTOCOLS": each(one_of(PROTOCOLS)),
     "TEST.LOCALIZATION.CONFIDENCE": within(0, 1),
+    "VIS_PERIOD": at_least(0),
 }
 
 

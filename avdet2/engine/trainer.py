@@ -20,6 +20,7 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 
 from avdet2.checkpoint.checkpointer import AVCheckpointer, WholeCheckpointer
@@ -33,6 +34,7 @@ from avdet2.engine.stages import stage_kind
 from avdet2.engine.stopping import StopOnSignal
 from avdet2.engine.train_step import NotFinite, TrainStep
 from avdet2.engine.verdict_hook import VerdictHook
+from avdet2.engine.watching import BestWeights, Pictures, WandbWriter
 from avdet2.evaluation.build import build_evaluators
 from avdet2.evaluation.results import results_file, write_results
 from avdet2.modeling.sync_bn import replace_sync_bn
@@ -176,8 +178,26 @@ class AVTrainer(DefaultTrainer):
             if isinstance(hook, PeriodicCheckpointer):
                 hook.max_to_keep = self.cfg.SOLVER.MAX_TO_KEEP or None
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        hooks[place:place] = [VerdictHook(kind, model), self._stop]
+        before = [VerdictHook(kind, model), self._stop]
+        hooks[place : place + 1] = [*before, hooks[place], *self._watching(model)]
         return [*hooks, ReadReport()]
+
+    def _watching(self, model: nn.Module) -> list[HookBase]:
+        """
+        Hooks of the main process that need an evaluation, or that the writers need.
+        """
+        cfg = self.cfg
+        hooks = [BestWeights(cfg, model)] if cfg.TEST.BEST_METRIC else []
+        if cfg.VIS_PERIOD > 0 and cfg.INPUT.MAPPER in ("AVMapper", "SelfBoxMapper"):
+            hooks.append(Pictures(cfg, model))
+        return hooks if comm.is_main_process() else []
+
+    def build_writers(self) -> list[EventWriter]:
+        """
+        Stock ones, and behind WANDB.PROJECT a :class:`WandbWriter`.
+        """
+        own = [WandbWriter(self.cfg)] if self.cfg.WANDB.PROJECT else []
+        return own + super().build_writers()
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
