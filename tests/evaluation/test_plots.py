@@ -4,11 +4,10 @@ Tests of pictures of results: they are there, and what they show is what was mea
 """
 
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tool_modules import call_tool
 
 from avdet2.evaluation import plots
 from avdet2.evaluation.detection.average_precision import precision_of_boxes
@@ -18,7 +17,6 @@ from avdet2.evaluation.naming.cluster_matching import ClusterMatching, match_clu
 from avdet2.evaluation.plots import draw_results, per_class_table, read_run
 from task_eval import random_case
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "plot_results.py"
 NAMES = ["cello", "flute", "a|b", "harp"]
 
 
@@ -182,8 +180,7 @@ def test_only_the_files_that_are_asked_for_are_read(run_folder):
 @pytest.fixture
 def run_tool(monkeypatch):
     def run(*words):
-        monkeypatch.setattr("sys.argv", [str(TOOL), *map(str, words)])
-        runpy.run_path(str(TOOL), run_name="__main__")
+        call_tool(monkeypatch, "plot_results", *words)
 
     return run
 

@@ -3,26 +3,19 @@
 Counts of tools/analyze_model.py.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torchvision
+from tool_modules import load_tool
 from torch import nn
 
 from detectron2.modeling import build_model
 
 from avdet2.model_zoo import get_config
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "analyze_model.py"
-
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("analyze_model", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("analyze_model")
 
 
 def test_a_resnet_18_is_what_torchvision_says(tool):

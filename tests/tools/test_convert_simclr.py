@@ -4,7 +4,6 @@ The command lines of convert_simclr_to_d2.py and dump_tf_checkpoint.py.
 """
 
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from tool_modules import TOOLS, call_tool
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # A TensorFlow with one checkpoint, and an optimizer's slot and a counter in it.
 TENSORFLOW = """
 import types
@@ -74,8 +73,7 @@ def test_dump_says_what_is_wrong(tmp_path):
 
 
 def _convert(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["convert_simclr_to_d2.py", *map(str, words)])
-    runpy.run_path(str(TOOLS / "convert_simclr_to_d2.py"), run_name="__main__")
+    call_tool(monkeypatch, "convert_simclr_to_d2", *words)
 
 
 def test_convert_and_rescale(monkeypatch, capsys, tmp_path):
@@ -100,5 +98,5 @@ def test_convert_and_rescale(monkeypatch, capsys, tmp_path):
 
 
 def test_convert_exits_with_one_message(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="error: .*nothing.pth is neither a file"):
+    with pytest.raises(SystemExit, match="error: .*nothing.pth: no such file"):
         _convert(monkeypatch, tmp_path / "nothing.pth", tmp_path / "out.pth")

@@ -3,12 +3,11 @@
 No tool executes anything in a file of weights that it is given.
 """
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 from evil_files import evil_file
+from tool_modules import call_tool
 
 from detectron2.data import DatasetCatalog
 
@@ -40,18 +39,17 @@ def run(monkeypatch, tool: str, *words: str) -> None:
     """
     A tool, as from the command line.
     """
-    monkeypatch.setattr(sys, "argv", [tool, *words])
     # The error itself, in place of the line that a user sees.
     monkeypatch.setenv("AVDET2_TRACEBACK", "1")
-    runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    call_tool(monkeypatch, tool, *words)
 
 
 TOOLS = {
-    "train_net.py": ["--eval-only", "DATASETS.TEST", "('evil_av_test',)"],
-    "export_self_boxes.py": ["--output", "{folder}/out"],
-    "build_object_dictionary.py": ["--output", "{folder}/out.pth"],
-    "cache_heatmaps.py": ["--output", "{folder}/out", "--prepared", "{folder}"],
-    "probe_features.py": ["--output", "{folder}/out"],
+    "train_net": ["--eval-only", "DATASETS.TEST", "('evil_av_test',)"],
+    "export_self_boxes": ["--output", "{folder}/out"],
+    "build_object_dictionary": ["--output", "{folder}/out.pth"],
+    "cache_heatmaps": ["--output", "{folder}/out", "--prepared", "{folder}"],
+    "probe_features": ["--output", "{folder}/out"],
 }
 
 
@@ -73,7 +71,7 @@ def test_weights_of_a_training(key, config, tmp_path, monkeypatch):
     weights, made = evil_file("evil.pkl", tmp_path)
     opts = [key, weights, "OUTPUT_DIR", str(tmp_path)]
     with pytest.raises(ValueError, match="evil.pkl .*not executed"):
-        run(monkeypatch, "train_net.py", "--config-file", config, *opts)
+        run(monkeypatch, "train_net", "--config-file", config, *opts)
     assert not made.exists()
 
 
@@ -82,7 +80,7 @@ def test_the_checkpoint_that_a_training_goes_on_from(config, tmp_path, monkeypat
     (tmp_path / "last_checkpoint").write_text("evil.pkl")
     with pytest.raises(ValueError, match="evil.pkl is damaged or missing"):
         words = ["--config-file", config, "--resume", "OUTPUT_DIR", str(tmp_path)]
-        run(monkeypatch, "train_net.py", *words)
+        run(monkeypatch, "train_net", *words)
     assert not made.exists()
 
 
@@ -93,7 +91,7 @@ def test_the_localizer_of_a_detector(config, tmp_path, monkeypatch):
     opts += ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", "()"]
     with pytest.raises(ValueError, match="evil.pth .*not executed"):
         warmup = str(CONFIGS / "synthetic_warmup.yaml")
-        run(monkeypatch, "train_net.py", "--config-file", warmup, *opts)
+        run(monkeypatch, "train_net", "--config-file", warmup, *opts)
     assert not made.exists()
 
 
@@ -106,7 +104,7 @@ def test_the_stages_that_are_drawn(stage, config, tmp_path, monkeypatch):
     (tmp_path / stage / "config.yaml").write_text(cfg.dump())
     Path(weights).rename(tmp_path / stage / "model_final.pth")
     with pytest.raises(ValueError, match="model_final.pth .*not executed"):
-        run(monkeypatch, "visualize_results.py", "--run", str(tmp_path))
+        run(monkeypatch, "visualize_results", "--run", str(tmp_path))
     assert not made.exists()
 
 
@@ -115,5 +113,5 @@ def test_proposals_are_pickles(config, tmp_path, monkeypatch):
     opts = ["MODEL.LOAD_PROPOSALS", "True", "DATASETS.PROPOSAL_FILES_TRAIN", f"('{proposals}',)"]
     with pytest.raises(ValueError, match="LOAD_PROPOSALS .*MODEL.TRUST_PICKLES True"):
         words = ["--config-file", config, *opts, "OUTPUT_DIR", str(tmp_path)]
-        run(monkeypatch, "train_net.py", *words)
+        run(monkeypatch, "train_net", *words)
     assert not made.exists()

@@ -3,7 +3,6 @@
 Labels that tools/export_labels.py writes, read by other libraries.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import torch
 from finished_runs import finished_run, picture_of
 from media_files import write_video
 from pycocotools.coco import COCO
+from tool_modules import load_tool
 
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
@@ -23,17 +23,13 @@ from detectron2.modeling import build_model
 from avdet2.evaluation.naming.cluster_file import ClusterFile
 from avdet2.model_zoo import get_config
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "export_labels.py"
 # Of the pictures: one in a folder of its own, and one without an object.
 BOXES = {"a.png": (40, 30, 90, 80), "more/b.png": (80, 20, 140, 100), "none.png": (0, 0, 0, 0)}
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("export_labels", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("export_labels")
 
 
 @pytest.fixture

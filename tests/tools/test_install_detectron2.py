@@ -5,7 +5,6 @@ The installer of Detectron2, on a small made-up source distribution: no network.
 
 import base64
 import hashlib
-import importlib.util
 import io
 import subprocess
 import sys
@@ -14,8 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tool_modules import load_tool
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "install_detectron2.py"
 DIST_INFO = "detectron2-0.6+pure.dist-info"
 CONTENT = {
     "LICENSE": "the license",
@@ -35,10 +34,7 @@ def installer():
     """
     The script, loaded as a module.
     """
-    spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("install_detectron2")
 
 
 @pytest.fixture

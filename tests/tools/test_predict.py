@@ -3,7 +3,6 @@
 Tests of tools/predict.py: what it writes, and what it says.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 from finished_runs import finished_run, picture_of
 from media_files import decode_all, delay_of_sound, write_video
 from pycocotools.coco import COCO
+from tool_modules import load_tool
 
 from avdet2.data.media.video import read_audio
 
@@ -25,10 +25,7 @@ BOX = (40, 30, 90, 80)
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("predict_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("predict")
 
 
 @pytest.fixture

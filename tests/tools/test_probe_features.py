@@ -4,7 +4,6 @@ Tests of tools/probe_features.py on a tiny synthetic benchmark, with models as t
 """
 
 import csv
-import importlib.util
 import json
 import logging
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tool_modules import load_tool
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
@@ -24,11 +24,7 @@ CONFIGS = ROOT / "configs" / "quick_schedules"
 
 @pytest.fixture(scope="module")
 def tool():
-    path = ROOT / "tools" / "probe_features.py"
-    spec = importlib.util.spec_from_file_location("probe_features", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("probe_features")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 Tests of tools/run_pipeline.py: its table, its lock, and how it ends.
 """
 
-import importlib.util
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 from pipeline_stages import train
 from report_page import write_metrics
+from tool_modules import load_tool
 
 from avdet2.engine.environment import TORCHRUN
 from avdet2.engine.pipeline import Stage, make_stages
@@ -28,10 +28,7 @@ METRICS = '{"iteration": 19, "nce/accuracy": %s}\n'
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("run_pipeline", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("run_pipeline")
 
 
 def write_results(stage, results):

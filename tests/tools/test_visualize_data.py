@@ -3,7 +3,6 @@
 Pictures and sounds of tools/visualize_data.py.
 """
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,20 +11,16 @@ import cv2
 import pytest
 import torch
 from media_files import time_of_frame, write_video
+from tool_modules import load_tool
 
 from detectron2.modeling import build_model
 
 from avdet2.model_zoo import get_config, get_config_file
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "visualize_data.py"
-
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("visualize_data", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("visualize_data")
 
 
 @pytest.fixture

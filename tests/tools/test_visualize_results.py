@@ -3,11 +3,11 @@
 Tests of tools/visualize_results.py: which clips it shows.
 """
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from tool_modules import load_tool
 
 from avdet2.config_file import load_cfg
 from avdet2.evaluation.naming.votes import ClusterVotes
@@ -18,10 +18,7 @@ CONFIGS = ROOT / "configs" / "quick_schedules"
 
 @pytest.fixture
 def tool(monkeypatch):
-    path = ROOT / "tools" / "visualize_results.py"
-    spec = importlib.util.spec_from_file_location("visualize_results", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("visualize_results")
     monkeypatch.setattr(module, "training_clips", lambda names: (list(range(10)), []))
     # Clips 0 to 8 but 4, with more and more certainty; only clip 2 is in cluster 1, none in 2.
     ids = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import cv2
 import numpy as np
 import pytest
 from media_files import HEIGHT, WIDTH, delay_of_sound, time_of_frame, write_video
+from tool_modules import call_tool
 
 from detectron2.config import get_cfg
 from detectron2.utils import logger
@@ -227,6 +227,7 @@ def test_mapper_gives_the_same_from_prepared_real_clips(shared_dir: Path, tmp_pa
     pack(tmp_path, clips)
     for clip in clips:
         compare_samples(clip, tmp_path, 30.0, 0.05)
+    assert clips
 
 
 def _read_in_process(reader: ClipReader, clip: dict[str, Any], queue: Any) -> None:
@@ -336,8 +337,7 @@ def test_changed_bytes_are_noticed(tmp_path: Path, clips: list[dict[str, Any]]) 
 @pytest.fixture
 def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Any:
     def run(*arguments: Any) -> str:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        runpy.run_path(str(TOOL), run_name="__main__")
+        call_tool(monkeypatch, "prepare_clips", *arguments)
         return "".join(capsys.readouterr())
 
     return run
