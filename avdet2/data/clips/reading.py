@@ -9,6 +9,7 @@ import codecs
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -91,18 +92,12 @@ def _read_csv(path: str) -> pa.Table:
     _check_columns(f"{path}, line 1: expected a header with", names)
     # As they are written; a label that is not there is null.
     columns = [dict(zip(names, header)).get(name, name) for name in _COLUMNS]
-    wrong = []
-
-    def keep(row: pa.csv.InvalidRow) -> str:
-        wrong.append(row)
-        return "error"
-
     try:
         return pa.csv.read_csv(
             path,
             # With threads, Arrow would not know the number of a row.
             pa.csv.ReadOptions(use_threads=False),
-            pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=keep),
+            pa.csv.ParseOptions(newlines_in_values=True),
             pa.csv.ConvertOptions(
                 column_types=dict.fromkeys(columns, pa.string()),
                 include_columns=columns,
@@ -110,14 +105,15 @@ def _read_csv(path: str) -> pa.Table:
             ),
         ).rename_columns(_COLUMNS)
     except pa.ArrowInvalid as error:
-        if not wrong:
+        # A handler of wrong rows would be given their text, which may be none.
+        row = re.search(r"Row #(\d+): (?:Expected \d+ columns, got (\d+)|.*UTF8)", str(error))
+        if not row:
             raise ValueError(f"{path}: not a csv: {error}") from error
         # Arrow's first row is the header.
-        place, _ = _place(path, wrong[0].number - 2)
-        raise ValueError(
-            f"{path}, {place}: expected {len(names)} fields ({','.join(names)}), found "
-            f"{wrong[0].actual_columns}"
-        ) from error
+        place, _ = _place(path, int(row[1]) - 2)
+        fields = f"expected {len(names)} fields ({','.join(names)}), found {row[2]}"
+        wrong = fields if row[2] else "this is no text in UTF-8"
+        raise ValueError(f"{path}, {place}: {wrong}") from error
 
 
 def _read_jsonl(path: str) -> pa.Table:
@@ -221,9 +217,11 @@ def _place(path: str, row: int) -> tuple[str, str]:
     """
     Where row `row`, from 0, is in a file, and its text as far as it has any.
     """
+    if path.endswith(".parquet"):
+        return f"row {row + 1}", ""
     # Arrow does not count lines. This is for errors only, and slow.
-    with suppress(csv.Error, UnicodeDecodeError, StopIteration):
-        with open(path, encoding="utf-8-sig", newline="") as stream:
+    with suppress(csv.Error, StopIteration):
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as stream:
             if path.endswith(".jsonl"):
                 lines = ((i, line.strip()) for i, line in enumerate(stream, 1) if line.strip())
             else:

@@ -192,9 +192,10 @@ def test_empty_lines_count(tmp_path: Path) -> None:
 
 
 def test_lists_that_are_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(HEADER.encode() + b"\xff.mp4,0,1,\n")
-    with pytest.raises(ValueError, match="a.csv: not a csv: .*Row #2.*invalid UTF8"):
-        read_clip_list(str(tmp_path / "a.csv"))
+    for row, problem in ((b"\xff.mp4,0,1,", "is no text in UTF-8"), (b"\xff", "expected 4 fields")):
+        (tmp_path / "a.csv").write_bytes(HEADER.encode() + b"a.mp4,0,1,\n\n" + row + b"\n")
+        with pytest.raises(ValueError, match=f"a.csv, line 4: .*{problem}"):
+            read_clip_list(str(tmp_path / "a.csv"))
     (tmp_path / "a.csv").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="a.csv, line 1: expected a header"):
         read_clip_list(str(tmp_path / "a.csv"))
