@@ -5,6 +5,7 @@ Detectron2's checkpointer, which executes nothing that is in a file, and writes 
 
 import logging
 import os
+import pickle
 from typing import Any
 
 from fvcore.common.checkpoint import Checkpointer
@@ -13,7 +14,7 @@ from torch import nn
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from avdet2.checkpoint.reading import check_finite, load_checkpoint
+from avdet2.checkpoint.reading import check_finite, load_file, refusal
 from avdet2.checkpoint.whole import LAST, checkpoint_to_go_on_from, write_checkpoint
 from avdet2.utils.collectives import of_main_process
 from avdet2.utils.files import write_whole
@@ -31,10 +32,10 @@ class _SafeReader(Checkpointer):
     def _load_file(self, f: str) -> dict[str, Any]:
         # Not mapped: an optimizer keeps these tensors, and the file may be written anew.
         try:
-            return dict(load_checkpoint(f, mapped=False, trusted=self.trust_pickles))
-        except ValueError as error:
+            return dict(load_file(f, mapped=False, trusted=self.trust_pickles))
+        except pickle.UnpicklingError as error:
             raise ValueError(
-                f"{error}. If it holds more than tensors and you trust whoever wrote it, add "
+                f"{refusal(f, error)}. If it holds more than tensors and you trust whoever wrote it, add "
                 "MODEL.TRUST_PICKLES True to the command line"
             ) from error
 
@@ -133,14 +134,16 @@ class WholeCheckpointer(AVCheckpointer):
         As stock.
 
         Raises:
-            ValueError: there are no weights, or some that the model has are missing, of another
-                shape, or not finite.
+            ValueError: there are no weights, or no such file; or some that the model has are
+                missing, of another shape, or not finite.
         """
         if not path and any(True for _ in self.model.parameters()):
             raise ValueError(
                 "MODEL.WEIGHTS is empty, and the model would be a random one: give what its "
                 "training ended with, OUTPUT_DIR/model_final.pth"
             )
+        if path and "://" not in path and not os.path.isfile(path):
+            raise ValueError(f"MODEL.WEIGHTS {path!r} is not a file")
         self._path = path
         rest = super().load(path, *args, **kwargs)
         check_finite(self.model, path)

@@ -35,6 +35,9 @@ ARRAY_TYPES = (
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
 )
+# What PyTorch and pickle raise for files that are no checkpoints, or damaged.
+NOT_READ = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError)
+NOT_READ = (*NOT_READ, AttributeError, TypeError)
 CONVERT = (
     "tools/convert_simclr_to_d2.py brings a ResNet of another code, or of a model of another "
     "structure, into a form that any model loads"
@@ -169,7 +172,7 @@ def _read_torch(path: str) -> Mapping[str, Any]:
         return load_file(path, left_out, mapped=False)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{_refusal(path, error, left_out)}. If you trust its author, write its tensors to a "
+            f"{refusal(path, error, left_out)}. If you trust its author, write its tensors to a "
             "new file, best on a machine without anything of value: content = torch.load(INPUT, "
             "map_location='cpu', weights_only=False); torch.save({'state_dict': "
             "content['state_dict']}, OUTPUT)"
@@ -190,7 +193,15 @@ def _unknown_types(path: str) -> list[str]:
     return found
 
 
-def _refusal(path: str, error: Exception, left_out: Sequence[str] = ()) -> str:
+def refusal(path: str, error: Exception, left_out: Sequence[str] = ()) -> str:
+    """
+    What is said of a file whose objects are not made.
+
+    Args:
+        path: of the file.
+        error: that :func:`load_file` raised.
+        left_out: as it was given that.
+    """
     reason = _reason(error)
     if _LeftOut.__name__ in reason:
         reason = f"dicts or lists of a type of their own, among {', '.join(left_out)}"
@@ -218,7 +229,7 @@ def load_checkpoint(path: str, mapped: bool = True, trusted: bool = False) -> Ma
     try:
         return load_file(path, mapped=mapped, trusted=trusted)
     except pickle.UnpicklingError as error:
-        raise ValueError(_refusal(path, error)) from error
+        raise ValueError(refusal(path, error)) from error
 
 
 def load_file(
@@ -264,16 +275,35 @@ def load_file(
                 content = torch.load(
                     path, map_location="cpu", weights_only=not trusted, mmap=mapped and is_zip
                 )
-    except pickle.UnpicklingError:
-        raise
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{path} ({os.path.getsize(path)} bytes) is no checkpoint, or is damaged or not "
-            f"complete: {_reason(error)}"
-        ) from error
+    except NOT_READ as error:
+        kind = _kind_of_file(path)
+        if isinstance(error, pickle.UnpicklingError) and not kind:
+            raise
+        kind = kind or f"no checkpoint, or is damaged or not complete: {_reason(error)}"
+        raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is {kind}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content
+
+
+def _kind_of_file(path: str) -> str:
+    """
+    What a file that cannot be loaded is, where its first bytes tell.
+    """
+    with open(path, "rb") as f:
+        head = f.read(200)
+    if not head:
+        return "empty: a copy or a download has failed, or the disk was full"
+    if head.startswith(b"PK\3\4") and not zipfile.is_zipfile(path):
+        return "not complete: its end is missing"
+    if any(byte < 9 or 13 < byte < 32 for byte in head):
+        return ""
+    text = " ".join(head.decode("utf-8", "replace").split())
+    kind = "a web page" if text.lower().startswith(("<!doctype", "<html")) else "a text"
+    return (
+        f"{kind} that begins with {text[:60]!r}, and no checkpoint: a PyTorch file (.pth) or a "
+        "pickle of arrays (.pkl) is expected"
+    )
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -321,7 +351,7 @@ def load_weights(weights: str, trusted: bool = False) -> Weights:
     try:
         content = load_file(weights, trusted=trusted)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{_refusal(weights, error)}. {CONVERT}") from error
+        raise ValueError(f"{refusal(weights, error)}. {CONVERT}") from error
     state, is_pickle = content.get("model", content), weights.endswith(".pkl")
     if is_pickle and isinstance(state, Mapping):
         arrays = {k: v for k, v in state.items() if isinstance(v, np.ndarray)}

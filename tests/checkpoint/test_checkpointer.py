@@ -14,7 +14,7 @@ from torch import nn
 
 from detectron2.checkpoint import DetectionCheckpointer
 
-from avdet2.checkpoint.checkpointer import AVCheckpointer
+from avdet2.checkpoint.checkpointer import AVCheckpointer, WholeCheckpointer
 from avdet2.engine import load_cfg
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +106,29 @@ def test_a_checkpoint_is_read_and_not_mapped(tmp_path):
     momentum = second.state_dict()["state"][4]["momentum_buffer"]
     assert torch.equal(momentum, torch.ones(2))
     assert torch.equal(other.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl", "model.txt"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "a list\nof words",
+            r"15 bytes\) is a text that begins with 'a list of words', and no check",
+        ),
+        ("\n<!DOCTYPE html>\n<title>404", "is a web page that begins with '<!DOCTYPE html> <title"),
+        ("version https://git-lfs.github.com/spec/v1", "is a text that begins with 'version https"),
+        ("", r"\(0 bytes\) is empty"),
+        ("PK\3\4\0", "is not complete: its end is missing"),
+        (None, "is not a file"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        WholeCheckpointer(Toy()).load(str(path))
+    assert str(path) in str(error.value) and "TRUST_PICKLES" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
