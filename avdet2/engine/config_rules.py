@@ -1,22 +1,24 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-What the values of config keys must be. A new rule is one line of :data:`RULES`.
+What the values of config keys must be. A new rule is one line of :data:`RULES`; sizes, numbers and
+periods that are above 0 by default need none.
 """
 
 import math
 import os
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
-from avdet2.config_file import flat_items
+from avdet2.config_file import flat_items, load_cfg
 from avdet2.engine.optimizer import LR_SCALINGS
 from avdet2.evaluation.localization.protocols import PROTOCOLS
 from avdet2.evaluation.naming.cluster_matching import METHODS
 from avdet2.evaluation.naming.label_spaces import SPACES
 
-__all__ = ["RULES", "check_values"]
+__all__ = ["RULES", "all_rules", "check_values"]
 
 
 class Rule(NamedTuple):
@@ -102,6 +104,12 @@ RULES: dict[str, Rule] = {
     "INPUT.VIEWS.SIZE": at_least(1),
     "INPUT.VIEWS.FRAME_SIZE": at_least(1),
     "INPUT.VIEWS.FRAMES_PER_CLIP": within(1, 2),
+    "INPUT.VIEWS.CROP_AREA": a_range(0, 1),
+    "INPUT.VIEWS.JITTER_STRENGTH": at_least(0),
+    "INPUT.VIEWS.JITTER_PROB": within(0, 1),
+    "INPUT.VIEWS.GRAYSCALE_PROB": within(0, 1),
+    "INPUT.VIEWS.BLUR_PROB": within(0, 1),
+    "INPUT.CROP.SIZE": each(above(0)),
     "INPUT.MIN_SIZE_TRAIN": each(at_least(1)),
     "INPUT.MIN_SIZE_TEST": at_least(0),
     "INPUT.MAX_SIZE_TRAIN": at_least(1),
@@ -179,6 +187,9 @@ RULES: dict[str, Rule] = {
     "SOLVER.MAX_ITER": at_least(1),
     "SOLVER.METRIC_PERIOD": at_least(1),
     "SOLVER.MIN_ITER": at_least(0),
+    "SOLVER.MOMENTUM": within(0, 1),
+    "SOLVER.WARMUP_FACTOR": within(0, 1),
+    "SOLVER.GAMMA": above(0),
     "SOLVER.OPTIMIZER": one_of(("SGD", "Adam", "AdamW", "LARS")),
     "SOLVER.WARMUP_EPOCH": at_least(0),
     "SOLVER.WARMUP_ITERS": at_least(0),
@@ -200,6 +211,41 @@ RULES: dict[str, Rule] = {
 }
 
 
+# Whole numbers that are above 0 by default, and may be 0.
+MAY_BE_ZERO = (
+    "MODEL.BACKBONE.FREEZE_AT",
+    "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT",
+    "MODEL.RETINANET.NUM_CONVS",
+    "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE",
+    "MODEL.SELECTIVE_SEARCH.SIZE",
+    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE",
+)
+
+
+def _flat(value: Any) -> list:
+    return [x for y in value for x in _flat(y)] if isinstance(value, (list, tuple)) else [value]
+
+
+@cache
+def all_rules() -> dict[str, Rule]:
+    """
+    :data:`RULES`, and those for all other whole numbers, whose defaults are theirs: what is above 0
+    is a size, a number of things or a period, and stays so; what is 0 does not become negative.
+    """
+    rules = dict(RULES)
+    for key, default in flat_items(load_cfg("")):
+        numbers = _flat(default)
+        is_whole = bool(numbers) and all(type(number) is int for number in numbers)
+        if key in RULES or not is_whole or min(numbers) < 0 or (numbers != [0] and 0 in numbers):
+            continue
+        least = 0 if key in MAY_BE_ZERO else min(1, *numbers)
+        rules[key] = Rule(
+            lambda value, _, least=least: all(least <= x < math.inf for x in _flat(value)),
+            f"at least {least}",
+        )
+    return rules
+
+
 def _holds(rule: Rule, value: Any, cfg: CfgNode) -> bool:
     try:
         return rule.holds(value, cfg)
@@ -211,13 +257,13 @@ def _holds(rule: Rule, value: Any, cfg: CfgNode) -> bool:
 def check_values(cfg: CfgNode) -> None:
     """
     Raises:
-        ValueError: names every key whose value is against the :data:`RULES`.
+        ValueError: names every key whose value is against :func:`all_rules`.
     """
     values = dict(flat_items(cfg))
     wrong = [
         f"{key} is {values[key]!r}, but must be {rule.text}"
-        for key, rule in RULES.items()
-        if not _holds(rule, values[key], cfg)
+        for key, rule in all_rules().items()
+        if key in values and not _holds(rule, values[key], cfg)
     ]
     if wrong:
         raise ValueError("; ".join(wrong))

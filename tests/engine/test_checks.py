@@ -12,10 +12,11 @@ from tiny_runs import CONFIGS, make_cfg
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor, default_argument_parser
+from detectron2.utils import comm
 
 from avdet2.data.datasets.coco_av import register_coco_av
 from avdet2.engine import AVTrainer, load_cfg, setup
-from avdet2.engine.config_rules import RULES, check_values
+from avdet2.engine.config_rules import all_rules, check_values
 from avdet2.engine.defaults import as_started, count_labels, write_own_weights
 from avdet2.engine.stages import stage_kind
 
@@ -30,6 +31,23 @@ from avdet2.engine.stages import stage_kind
         ("INPUT.AV.CROP_SIZE", "300"),
         ("INPUT.AV.AUDIO_SECONDS", "0"),
         ("INPUT.MIN_SIZE_TRAIN", "(0,)"),
+        ("INPUT.VIEWS.CROP_AREA", "(0.5, 0.1)"),
+        ("INPUT.VIEWS.BLUR_PROB", "1.5"),
+        ("INPUT.CROP.SIZE", "[0.0, 0.9]"),
+        # These have no rule of their own.
+        ("MODEL.AVOL.CHANNELS", "(64, 0, 256, 512)"),
+        ("MODEL.AVOL.STEM_STRIDE", "0"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32, -64]]"),
+        ("MODEL.LOCALIZER.AUDIO_ENCODER.POOLS", "(2, 2, -2)"),
+        ("MODEL.RESNETS.WIDTH_PER_GROUP", "0"),
+        ("MODEL.ROI_BOX_HEAD.FC_DIM", "-1"),
+        ("MODEL.ROI_BOX_HEAD.NUM_FC", "-1"),
+        ("MODEL.RPN.POST_NMS_TOPK_TEST", "0"),
+        ("MODEL.SIMCLR.OUT_DIM", "0"),
+        ("SOLVER.REFERENCE_WORLD_SIZE", "-1"),
+        ("SOLVER.MAX_TO_KEEP", "-2"),
+        ("TEST.PRECISE_BN.NUM_ITER", "0"),
+        ("VIS_PERIOD", "-1"),
         ("MODEL.LOCALIZER.NUM_CLUSTERS", "1"),
         ("MODEL.LOCALIZER.DROPOUT", "1"),
         ("MODEL.LOCALIZER.RHO_INIT", "nan"),
@@ -50,7 +68,7 @@ def test_values_that_are_refused(key, value):
     cfg = load_cfg("", opts)
     if value == "nan":
         cfg.MODEL.LOCALIZER.RHO_INIT = float("nan")
-    with pytest.raises(ValueError, match=f"^{key} is .*, but must be {RULES[key].text[:10]}"):
+    with pytest.raises(ValueError, match=f"^{key} is .*, but must be {all_rules()[key].text[:10]}"):
         check_values(cfg)
 
 
@@ -95,6 +113,21 @@ def test_what_the_evaluation_needs_is_checked_before_training(tiny_av, tmp_path)
             check(make_cfg(tiny_av, tmp_path, *opts))
     # A stage before it writes them.
     check(make_cfg(tiny_av, tmp_path, "MODEL.WEIGHTS", "later.pth"), promised=["later.pth"])
+
+
+def test_one_clip_for_each_process(tiny_av, tmp_path, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    norms = [f"MODEL.LOCALIZER.{key}" for key in ("NORM", "GATHER")]
+    for norm, gather, reference, batch in (
+        ("BN", True, 0, 2),
+        ("SyncBN", False, 0, 2),
+        ("BN", True, 16, 16),
+    ):
+        opts = [norms[0], norm, norms[1], str(gather), "SOLVER.IMS_PER_BATCH", str(batch)]
+        cfg = make_cfg(tiny_av, tmp_path, *opts, "SOLVER.REFERENCE_WORLD_SIZE", str(reference))
+        with pytest.raises(ValueError, match=f"is {batch}, 1 for each process, and at least two"):
+            check(cfg)
+    check(make_cfg(tiny_av, tmp_path, norms[0], "SyncBN", "SOLVER.IMS_PER_BATCH", "2"))
 
 
 def test_a_localizer_is_not_evaluated_without_sound(tiny_av, tmp_path):

@@ -17,6 +17,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from avdet2.checkpoint.pixel_settings import BACKBONES, Start
@@ -263,9 +264,13 @@ def last_weights(stages: Sequence[StageKind]) -> list[str]:
     return [WEIGHTS, stages[-1].weights] if stages else []
 
 
-def check_contrast(cfg: CfgNode) -> None:
+def check_contrast(cfg: CfgNode, model: CfgNode) -> None:
     """
     What models need that learn to tell clips apart.
+
+    Args:
+        cfg: of the stage.
+        model: the part of it with NORM of the model's heads, and GATHER.
 
     Raises:
         ValueError: too few of the clips can be used, or there are no two, or not in a batch.
@@ -277,8 +282,11 @@ def check_contrast(cfg: CfgNode) -> None:
             f"there is {len(clips)} training clip, and at least two are needed to tell them apart: "
             "give more videos, or shorter clips (DATASETS.CLIP_SECONDS)"
         )
-    if cfg.SOLVER.IMS_PER_BATCH < 2:
+    solver, processes = cfg.SOLVER, comm.get_world_size()
+    share = solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or processes)
+    if share < 2 and (processes == 1 or model.NORM == "BN" or not model.GATHER):
         raise ValueError(
-            "SOLVER.IMS_PER_BATCH is 1, and at least two are needed: clips are told apart within a "
-            "batch, and batch norm needs more than one sample"
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, {share} for each process, and at least "
+            "two are needed: clips are told apart within a batch, and batch norm needs more than one "
+            "sample (with several processes, SyncBN and GATHER True do with one in each)"
         )

@@ -135,7 +135,7 @@ class LocalizerStage(StageKind):
         return ClusterNames(self.cfg, self.names_kind, partial(collect_votes, model, self.cfg))
 
     def check_clips(self) -> None:
-        check_contrast(self.cfg)
+        check_contrast(self.cfg, self.cfg.MODEL.LOCALIZER)
         count = len(training_clips(self.cfg.DATASETS.TRAIN)[0])
         if self.names_kind == "clusters" and count < self.num_classes:
             raise ValueError(

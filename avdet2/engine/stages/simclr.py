@@ -33,7 +33,7 @@ class SimCLRStage(StageKind):
         return super().starts()[:1]
 
     def check_clips(self) -> None:
-        check_contrast(self.cfg)
+        check_contrast(self.cfg, self.cfg.MODEL.SIMCLR)
 
     def build_train_loader(self) -> DataLoader:
         clips, _ = training_clips(self.cfg.DATASETS.TRAIN)
