@@ -27,20 +27,17 @@ import numpy as np
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.structures import Instances
 
 from avdet2 import Predictor
 from avdet2.data.clips import training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
 from avdet2.data.media.video import MediaError
 from avdet2.engine import use_own_data
-from avdet2.engine.cluster_naming import names_of_stage
 from avdet2.predict.coco import FoundObjects
-from avdet2.predict.labels import ANNOTATIONS, FORMATS, IMAGES
+from avdet2.predict.labels import ANNOTATIONS, FORMATS, IMAGES, write_self_boxes
 from avdet2.predict.predictor import PICTURES, read_picture
 from avdet2.report.run_folder import RunFolder
-from avdet2.self_boxes.export import export_self_boxes, frame_name
-from avdet2.self_boxes.teacher import build_localizer
+from avdet2.self_boxes.export import frame_name
 from avdet2.utils.progress import progress
 from avdet2.utils.tool import run_tool
 
@@ -134,16 +131,8 @@ def from_self_boxes(args: argparse.Namespace, output: Path) -> int:
     stage = RunFolder(args.run).localizer
     stage.cfg.merge_from_list(args.opts)
     use_clips(stage.cfg, args.input, output)
-    model = build_localizer(stage.cfg, str(stage.folder), str(stage.weights))
-    named = names_of_stage(stage.cfg, str(stage.folder))
-    clips, _ = training_clips(stage.cfg.DATASETS.TRAIN)
-    least = args.confidence_threshold or 0.0
-
-    def select(found: Instances) -> Instances:
-        return named.apply(found[found.scores >= least])
-
-    coco = export_self_boxes(model, stage.cfg, clips, str(output), named.classes, select)
-    return len(coco["annotations"])
+    words = str(stage.folder), str(stage.weights), str(output), args.confidence_threshold or 0.0
+    return len(write_self_boxes(stage.cfg, *words)["annotations"])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Writes the self-boxes and self-labels of registered clips as COCO json, with the frames.
+Writes the self-boxes and self-labels of registered clips as COCO json, with the frames: what
+tools/export_labels.py --from self-boxes does for the run of a pipeline, for any localizer.
 
     python tools/export_self_boxes.py --config-file output/localizer_joint/config.yaml \\
         --output self_boxes MODEL.WEIGHTS output/localizer_joint/model_final.pth
@@ -12,7 +13,6 @@ loads with register_coco_instances("name", {}, "self_boxes/annotations.json", "s
 """
 
 import argparse
-import os
 
 if __name__ == "__main__":
     from _check_paths import check_paths
@@ -21,29 +21,20 @@ if __name__ == "__main__":
 
 from detectron2.engine import default_argument_parser
 
-from avdet2.data.clips import training_clips
 from avdet2.engine import setup
-from avdet2.engine.cluster_naming import names_of_stage
-from avdet2.self_boxes.export import export_self_boxes
-from avdet2.self_boxes.teacher import build_localizer
+from avdet2.predict.labels import write_self_boxes
 from avdet2.utils.tool import run_tool
 
 
 def main(args: argparse.Namespace) -> None:
     """
-    Build the localizer, run it over the clips, write the files.
+    Set the run up, write the files.
     """
     # The run's own files stay as they are.
     args.opts = [*(args.opts or []), "OUTPUT_DIR", args.output, "DATASETS.TEST", "()"]
     args.eval_only = True
     cfg = setup(args)
-    model = build_localizer(cfg, args.config_file, cfg.MODEL.WEIGHTS)
-    clips, _ = training_clips(cfg.DATASETS.TRAIN)
-    choice = {}
-    if model.has_clusters:
-        named = names_of_stage(cfg, os.path.dirname(cfg.MODEL.WEIGHTS))
-        choice = {"classes": named.classes, "select": named.apply}
-    coco = export_self_boxes(model, cfg, clips, args.output, **choice)
+    coco = write_self_boxes(cfg, args.config_file, cfg.MODEL.WEIGHTS, args.output)
     print(
         f"{len(coco['images'])} frames with {len(coco['annotations'])} self-boxes: "
         f"{args.output}/annotations.json, {args.output}/images"

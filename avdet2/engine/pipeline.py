@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -85,10 +86,11 @@ class Stage:
         """
         self.name, self.config_file, self._before = name, config_file, tuple(before)
         self.folder = os.path.join(root, name)
-        given = stage_kind(load_cfg(config_file, shared + own))
-        linked = given.links([stage.kind for stage in before])
+        self.cfg = load_cfg(config_file, shared + own)
+        linked = stage_kind(self.cfg).links([stage.kind for stage in before])
         self.opts = [*shared, *linked, *own, "OUTPUT_DIR", self.folder]
-        self.cfg = load_cfg(config_file, self.opts)
+        pairs = [pair for pair in zip(linked[::2], linked[1::2]) if pair[0] not in own[::2]]
+        self.cfg.merge_from_list([*chain.from_iterable(pairs), "OUTPUT_DIR", self.folder])
         use_own_data(self.cfg)
         count_labels(self.cfg, self.opts)
         leave_out_silent(self.cfg)

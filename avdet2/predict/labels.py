@@ -15,11 +15,44 @@ from xml.sax.saxutils import quoteattr
 
 import yaml
 
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+
+from avdet2.data.clips import training_clips
+from avdet2.engine.cluster_naming import names_of_stage
+from avdet2.self_boxes.export import export_self_boxes
+from avdet2.self_boxes.teacher import build_localizer
 from avdet2.utils.files import write_whole
 
-__all__ = ["ANNOTATIONS", "FORMATS", "IMAGES"]
+__all__ = ["ANNOTATIONS", "FORMATS", "IMAGES", "write_self_boxes"]
 
 ANNOTATIONS, IMAGES = "annotations.json", "images"
+
+
+def write_self_boxes(
+    cfg: CfgNode, config_file: str, weights: str, folder: str, least: float = 0.0
+) -> dict | None:
+    """
+    Write a localizer's self-boxes in the training clips of its config, with their clusters' names.
+
+    Args:
+        cfg, config_file, weights: see :func:`~avdet2.self_boxes.teacher.build_localizer`.
+        folder: to write to.
+        least: score of a self-box.
+
+    Returns:
+        dict: see :func:`~avdet2.self_boxes.export.export_self_boxes`.
+    """
+    model = build_localizer(cfg, config_file, weights)
+    named = names_of_stage(cfg, os.path.dirname(weights)) if model.has_clusters else None
+
+    def select(found: Instances) -> Instances:
+        found = found[found.scores >= least]
+        return named.apply(found) if named else found
+
+    clips, _ = training_clips(cfg.DATASETS.TRAIN)
+    classes = named.classes if named else None
+    return export_self_boxes(model, cfg, clips, folder, classes, select)
 
 
 def write_coco(folder: Path) -> Path:
