@@ -38,7 +38,9 @@ PATIENCE = 15.0
 @contextmanager
 def alone_in(folder: str) -> Iterator[None]:
     """
-    Keep another run out of a folder while this one is at work in it.
+    Keep another run out of a folder while this one is at work in it. The lock is the main
+    process's, which alone writes checkpoints and results: when it dies, the folder is free, even
+    where other processes, on other machines, have not noticed yet.
 
     Raises:
         ValueError: another run was there first.

@@ -219,5 +219,8 @@ def test_a_training_step_never_waits_for_the_gpu(gpu, keys, optimizer):
         step.run_step()
         storage.step()
         step.iter = 2
+        before = [parameter.clone() for parameter in model.parameters()]
         with no_waiting():
             step.run_step()
+    # There was something to wait for.
+    assert not all(map(torch.equal, before, model.parameters()))
