@@ -7,7 +7,6 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +147,12 @@ class Composed:
         """
         The recordings one after the other, with pauses, until the clip is full.
         """
+        files = [f"{self.roots['sounds']}/{file}" for file in chosen["recordings"]]
+        recordings = [read_recording(file) for file in files]
         wave = np.zeros(round(seconds * SAMPLE_RATE), np.float32)
         at = int(rng.uniform(0, 0.3) * SAMPLE_RATE)
         while at < len(wave) - 0.05 * SAMPLE_RATE:
-            file = chosen["recordings"][int(rng.integers(len(chosen["recordings"])))]
-            part = _excerpt(read_recording(f"{self.roots['sounds']}/{file}"), len(wave), rng)
+            part = _excerpt(recordings[int(rng.integers(len(recordings)))], len(wave), rng)
             part = fade(part[: len(wave) - at], 0.002, 0.02) * np.float32(rng.uniform(0.7, 1.0))
             wave[at : at + len(part)] += part
             at += len(part) + int(rng.uniform(0.05, 0.4) * SAMPLE_RATE)
@@ -192,7 +192,6 @@ def _excerpt(recording: np.ndarray, length: int, rng: np.random.Generator) -> np
     return part
 
 
-@lru_cache(maxsize=4096)
 def read_cutout(path: str, longest: int = 2**14) -> np.ndarray:
     """
     A picture with alpha, made smaller where it is larger than `longest` pixels.
@@ -218,7 +217,6 @@ def read_cutout(path: str, longest: int = 2**14) -> np.ndarray:
     return cv2.cvtColor(content, cv2.COLOR_BGRA2RGBA)
 
 
-@lru_cache(maxsize=4096)
 def read_picture(path: str) -> np.ndarray:
     """
     A background: uint8 array of shape (h, w, 3), RGB.
@@ -232,7 +230,6 @@ def read_picture(path: str) -> np.ndarray:
     return cv2.cvtColor(content, cv2.COLOR_BGR2RGB)
 
 
-@lru_cache(maxsize=4096)
 def read_recording(path: str) -> np.ndarray:
     """
     A recording: float32 array of shape (samples,) at 24 kHz, mono.
@@ -311,7 +308,8 @@ def find_photos(roots: Mapping[str, str], seed: int) -> tuple[Photos, list[str]]
 def _folders(root: str) -> list[str]:
     if not Path(root).is_dir():
         raise ValueError(f"{root}: no such folder")
-    names = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
+    found = (path for path in Path(root).iterdir() if path.is_dir())
+    names = sorted(path.name for path in found if not path.name.startswith("."))
     if len(names) < 2:
         raise ValueError(f"{root}: {len(names)} folders of classes; at least 2 are needed")
     return names
