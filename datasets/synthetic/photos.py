@@ -5,6 +5,7 @@ Scenes of photographs and recordings: cut-outs on pictures, with the sounds of t
 
 import hashlib
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,6 +275,48 @@ def find_photos(roots: Mapping[str, str], seed: int) -> tuple[Photos, list[str]]
     Raises:
         ValueError: a class without objects or sounds, or too few files.
     """
+    names = _class_names(roots)
+    files: dict = {split: {kind: {} for kind in roots} for split in ("train", "val", "test")}
+    lines, digest = [], hashlib.sha256()
+    for kind, root in roots.items():
+        left_out: dict[str, str] = {}
+        found = {
+            name: {
+                split: _usable(kind, root, own, left_out)
+                for split, own in _listed(root, name, EXTENSIONS[kind]).items()
+            }
+            for name in (("",) if kind == "backgrounds" else names)
+        }
+        usable = [file for own in found.values() for file in sorted(sum(own.values(), []))]
+        hashes = {file: sha256_of_file(f"{root}/{file}") for file in usable}
+        digest.update("".join(f"{kind}/{file} {hashes[file]}\n" for file in usable).encode())
+        for name, own in found.items():
+            for split, share in _shared_out(own, f"{root}/{name}".rstrip("/"), seed).items():
+                files[split][kind][name] = share
+        is_shared = any(len(own) < len(files) for own in found.values())
+        how = f"shares drawn with seed {seed}" if is_shared else "by folders"
+        of_split = {split: sum(files[split][kind].values(), []) for split in files}
+        counts = ", ".join(f"{len(own)} {split}" for split, own in of_split.items())
+        lines += [summary(kind, len(usable), left_out), f"  {counts} ({how})"]
+        lines += _copies(of_split, hashes)
+    return Photos(names, dict(roots), files, digest.hexdigest()), lines
+
+
+def _copies(of_split: dict[str, list[str]], hashes: dict[str, str]) -> list[str]:
+    """
+    A warning of files that are the same in two splits.
+    """
+    splits = defaultdict(set)
+    for split, files in of_split.items():
+        for file in files:
+            splits[hashes[file]].add(split)
+    copies = [file for file in hashes if len(splits[hashes[file]]) > 1]
+    if not copies:
+        return []
+    return [f"  WARNING: {len(copies)} files have a copy in another split (such as {copies[0]})"]
+
+
+def _class_names(roots: Mapping[str, str]) -> tuple[str, ...]:
     classes = {kind: _folders(roots[kind]) for kind in ("objects", "sounds")}
     for kind, other in (("objects", "sounds"), ("sounds", "objects")):
         lonely = sorted(set(classes[kind]) - set(classes[other]))
@@ -281,28 +324,11 @@ def find_photos(roots: Mapping[str, str], seed: int) -> tuple[Photos, list[str]]
             raise ValueError(
                 f"{roots[other]}: no folder {', '.join(lonely)}, but there is in {roots[kind]}"
             )
-    names = tuple(classes["objects"])
-    files: dict = {split: {kind: {} for kind in roots} for split in ("train", "val", "test")}
-    lines, digest = [], hashlib.sha256()
-    for kind, root in roots.items():
-        left_out: dict[str, str] = {}
-        shared = False
-        for name in ("",) if kind == "backgrounds" else names:
-            found = {
-                split: _usable(kind, root, own, left_out)
-                for split, own in _listed(root, name, EXTENSIONS[kind]).items()
-            }
-            for file in sorted(sum(found.values(), [])):
-                digest.update(f"{kind}/{file} {sha256_of_file(f'{root}/{file}')}\n".encode())
-            shared |= len(found) < len(files)
-            for split, own in _shared_out(found, f"{root}/{name}".rstrip("/"), seed).items():
-                files[split][kind][name] = own
-        number = {split: sum(map(len, files[split][kind].values())) for split in files}
-        lines.append(summary(kind, sum(number.values()), left_out))
-        counts = ", ".join(f"{count} {split}" for split, count in number.items())
-        how = f"shares drawn with seed {seed} where no folder says so" if shared else "by folders"
-        lines.append(f"  {counts} ({how})")
-    return Photos(names, dict(roots), files, digest.hexdigest()), lines
+    # Several labels of a clip are joined by it.
+    joined = [name for name in classes["objects"] if "|" in name]
+    if joined:
+        raise ValueError(f"{roots['objects']}: a class must not have | in its name: {joined[0]}")
+    return tuple(classes["objects"])
 
 
 def _folders(root: str) -> list[str]:

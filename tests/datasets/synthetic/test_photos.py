@@ -168,14 +168,28 @@ def test_files_that_cannot_be_used_are_counted(tmp_path):
     _write_ogg(sounds / "mute.ogg", np.zeros(24000))
     (sounds / "broken.ogg").write_bytes(b"no sound")
     (tmp_path / "backgrounds" / "train" / "broken.jpg").write_bytes(b"no picture")
-    photos, lines = find_photos(roots, seed=0)
+    photos, told = find_photos(roots, seed=0)
+    lines = [line for line in told if not line.startswith(" ")]
     assert "24 found, 3 missing" in lines[0] and "1 x no alpha channel" in lines[0]
     assert "1 x cannot be read (such as cup/train/broken.png)" in lines[0]
     assert "1 x transparent everywhere" in lines[0]
-    assert "24 found, 3 missing" in lines[2] and "1 x shorter than 0.1 s" in lines[2]
-    assert "1 x mute" in lines[2] and "8 found, 1 missing" in lines[4]
+    assert "24 found, 3 missing" in lines[1] and "1 x shorter than 0.1 s" in lines[1]
+    assert "1 x mute" in lines[1] and "8 found, 1 missing" in lines[2]
     files = set.union(*(_all_files(photos, split) for split in photos.files))
     assert not [f for f in files if Path(f).stem in ("broken", "solid", "void", "click", "mute")]
+
+
+def test_copies_in_two_splits_are_told(tmp_path):
+    roots = _fill(tmp_path)
+    places = sorted((tmp_path / "backgrounds").rglob("*.jpg"))
+    for i, place in enumerate(places):
+        cv2.imwrite(str(place), np.full((60, 90, 3), 40 + 10 * i, np.uint8))
+    assert not [line for line in find_photos(roots, seed=0)[1][-2:] if "copy" in line]
+    first, other = tmp_path / "backgrounds/train/0.jpg", tmp_path / "backgrounds/test/1.jpg"
+    other.write_bytes(first.read_bytes())
+    told = find_photos(roots, seed=0)[1][-1]
+    # Of test/1.jpg and train/0.jpg, in the order of the splits.
+    assert "2 files have a copy in another split (such as test/1.jpg)" in told
 
 
 def _without(root, *parts):
