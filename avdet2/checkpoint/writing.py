@@ -39,7 +39,7 @@ def save_resnet(weights: ResNetWeights, output: str) -> str:
         if output.endswith(".pth"):
             model = {name: torch.from_numpy(value) for name, value in weights.tensors.items()}
             metadata = {"source": weights.source, "settings": weights.settings}
-            # To a stream: PyTorch writes a path's name into the file, and that is another each time.
+            # To a stream: PyTorch writes a path's name, another one each time, into the file.
             torch.save({"model": model, **form, METADATA: metadata}, f)
         else:
             pickle.dump({"model": weights.tensors, **form}, f)

@@ -197,9 +197,9 @@ def build_pair_loader(
     cfg: CfgNode, clips: Sequence[dict], mapper: Callable[[dict], dict | None]
 ) -> DataLoader:
     """
-    An endless loader of :class:`PairBatch`, in pinned memory where the model is on a GPU, for models
-    that learn to tell the clips of a batch apart. It warns where a batch has more clips than there
-    are.
+    An endless loader of :class:`PairBatch`, in pinned memory where the model is on a GPU, for
+    models that learn to tell the clips of a batch apart. It warns where a batch has more clips than
+    there are.
 
     Args:
         cfg: SOLVER.IMS_PER_BATCH, DATALOADER and MODEL.DEVICE are read.

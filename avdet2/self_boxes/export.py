@@ -65,7 +65,8 @@ def export_self_boxes(
         cfg: its config.
         clips: of :func:`avdet2.data.clips.training_clips`; the `sample_id` names the frames.
         output_dir: a folder; made where it does not exist.
-        classes: {cluster: name} of the clusters that stand for a class; by default all are numbered.
+        classes: {cluster: name} of the clusters that stand for a class; by default all are
+            numbered.
         select: the self-boxes that are written, of those of a frame, with such clusters.
 
     Returns:

@@ -31,8 +31,8 @@ def set_name(group: str, split: str) -> str:
 
 def read_boxes(path: str, split: str) -> GroundTruth:
     """
-    Read the boxes of all classes of :func:`openimages_groups`, block by block: the training file has 14
-    million.
+    Read the boxes of all classes of :func:`openimages_groups`, block by block: the training file
+    has 14 million.
 
     Args:
         path: of `<split>-annotations-bbox.csv`; columns are found by their names in the header.

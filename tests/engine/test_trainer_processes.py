@@ -22,8 +22,8 @@ from avdet2.structures.batch import PairBatch
 CLIPS, BATCH, STEPS, NAME = 18, 6, 3, "trainer_processes_clips"
 # A seed with which one process's second batch is not finite.
 DIVERGE = 13
-# Rounding to bfloat16 depends on the CPU's instructions. At the rate of the other trainings it grows
-# thirtyfold in three steps: the third loss then differs by 7 % between AVX2 and AVX-512.
+# Rounding to bfloat16 depends on the CPU's instructions. At the rate of the other trainings it
+# grows thirtyfold in three steps: the third loss then differs by 7 % between AVX2 and AVX-512.
 SMALL_RATE = ("SOLVER.BASE_LR", 1e-3)
 
 

@@ -27,7 +27,8 @@ FOUR = (
 class BrightBoxDetector(torch.nn.Module):
     """
     Finds what is brighter than 128: its box, twice, as cluster 3 (score 0.9) and as cluster 0 (a
-    pixel larger, 0.6); and the whole picture as cluster 2 (0.2) and as the dropped cluster 1 (0.95).
+    pixel larger, 0.6); and the whole picture as cluster 2 (0.2) and as the dropped cluster 1
+    (0.95).
     """
 
     def __init__(self, cfg):

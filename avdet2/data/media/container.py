@@ -14,8 +14,9 @@ from av.stream import Disposition
 # Formats in which a seek was measured to give the stamps of reading from the start, for every codec
 # that FFmpeg can put in them. Others, such as MPEG program streams, are read from the start.
 SEEKABLE = {"asf", "avi", "flv", "matroska", "mov", "mpegts", "mxf", "nut", "ogg", "rm"}
-# Formats that hold one time for each picture, in the order of decoding, and which of a packet's times
-# it becomes: a player shows the pictures in the order of display, each at the next of these times.
+# Formats that hold one time for each picture, in the order of decoding, and which of a packet's
+# times it becomes: a player shows the pictures in the order of display, each at the next of these
+# times.
 STORED_TIMES = {"asf": "pts", "avi": "dts"}
 
 

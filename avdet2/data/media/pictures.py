@@ -17,7 +17,8 @@ from av.video.frame import PictureType
 from avdet2.data.media.container import Container, MediaError
 
 # Seeking works on decoding times and may land after the target, or on a picture that is no key
-# picture although its packet says so: then seek earlier by so much, and at last read from the start.
+# picture although its packet says so: then seek earlier by so much, and at last read from the
+# start.
 BACK_OFFS = (0.0, 2.0, 10.0, math.inf)
 # A picture stays valid for so long before the first and after the last one.
 EDGE_SECONDS = 0.5

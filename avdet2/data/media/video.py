@@ -70,8 +70,8 @@ def probe(path: str) -> VideoInfo:
 
 def read_frame(path: str, seconds: float) -> np.ndarray:
     """
-    The frame on show at `seconds`: an array of shape (H, W, 3), uint8 RGB, square pixels, turned and
-    mirrored as a player does.
+    The frame on show at `seconds`: an array of shape (H, W, 3), uint8 RGB, square pixels, turned
+    and mirrored as a player does.
 
     Raises:
         MediaError: where there is no such frame, or it is damaged.

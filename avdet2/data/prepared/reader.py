@@ -201,8 +201,8 @@ class PreparedClips(Store):
 
 class ClipReader:
     """
-    A frame of a clip with its sound: of the prepared clip where there is one, else from the original
-    file. For mappers; nothing stays open that a fork would share.
+    A frame of a clip with its sound: of the prepared clip where there is one, else from the
+    original file. For mappers; nothing stays open that a fork would share.
     """
 
     def __init__(self, prepared: str = "", duration: float = 1.0, sample_rate: int = 24000) -> None:

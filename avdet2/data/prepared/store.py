@@ -3,17 +3,17 @@
 The one store: records that are written once and read at random. Prepared clips are in one, heatmaps
 in another.
 
-A record has a key, some numbers, and parts: pieces of bytes that are read one by one. A shard is two
-files. `.bin` holds record after record: its row (key, numbers, sizes), its table (size and checksum
-of each part), its parts. `.npz` holds all rows; it is written last and atomically: with it the
-shard is whole, and is never written again. A `.bin` alone is what a killed process left: the next
-writer finds by its checksums what is whole of it, and keeps that.
+A record has a key, some numbers, and parts: pieces of bytes that are read one by one. A shard is
+two files. `.bin` holds record after record: its row (key, numbers, sizes), its table (size and
+checksum of each part), its parts. `.npz` holds all rows; it is written last and atomically: with it
+the shard is whole, and is never written again. A `.bin` alone is what a killed process left: the
+next writer finds by its checksums what is whole of it, and keeps that.
 
 Arrow and LMDB were tried behind the same interface. Reading an Arrow stream by Arrow's own memory
 map makes the kernel fetch the whole file (67 of 67 MB, without a word of the data being used), and
-has no checksums. LMDB gives 7 % more prepared samples per CPU second than this, but has no checksums
-of its pages: of 88 flipped bits in the pages of a tree that had an effect, 49 made records vanish
-without an error, and one ended the process.
+has no checksums. LMDB gives 7 % more prepared samples per CPU second than this, but has no
+checksums of its pages: of 88 flipped bits in the pages of a tree that had an effect, 49 made
+records vanish without an error, and one ended the process.
 """
 
 import itertools

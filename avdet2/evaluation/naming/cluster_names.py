@@ -116,8 +116,8 @@ class ClusterNames:
 
     def check(self, dataset_name: str, num_classes: int) -> None:
         """
-        Everything that :meth:`for_test_set` needs, but for the votes, so that what is wrong is found
-        before the training.
+        Everything that :meth:`for_test_set` needs, but for the votes, so that what is wrong is
+        found before the training.
 
         Args:
             dataset_name: a registered test set that has been loaded.
