@@ -27,8 +27,8 @@ from annotations.prepare import add_output, run_script, script_parser
 from avdet2.data.datasets.synthetic import CLASS_NAMES
 from avdet2.utils.progress import progress
 from synthetic.generator import Settings
+from synthetic.ingredients import EXTENSIONS, find_photos
 from synthetic.materials import DIFFICULTIES
-from synthetic.photos import EXTENSIONS, find_photos
 from synthetic.writer import open_output, write_annotations, write_item
 
 logger = logging.getLogger(__name__)

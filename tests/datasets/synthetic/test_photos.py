@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from synthetic.generator import Settings, make_item, plan_test_image
+from synthetic.ingredients import find_photos
 from synthetic.materials import PHOTO_DIFFICULTIES
-from synthetic.photos import find_photos
 from synthetic.scenes import render
 from synthetic.sounds import SAMPLE_RATE
 
