@@ -108,6 +108,9 @@ class FakeStage:
     def is_done(self) -> bool:
         return self.done
 
+    def is_settled(self) -> bool:
+        return False
+
     def command(self, train_net: str, args: Namespace) -> list[str]:
         return [sys.executable, "-c", self.line]
 
