@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> Report:
         "a process of its own. Bytes are what a process grows by, for each clip; at a few thousand "
         "clips that is what is allocated once.",
         "A first start parses the list and writes it into the index of its files; later ones read "
-        "that. Neither looks at the files. Start means until the clips can be drawn.",
+        "that, and look at none of the files. Start means until the clips can be drawn.",
         f"The prepared form has {CLIPS_PER_SHARD} clips in a shard. The label exchange is a "
         f"reduction over {PROCESSES} processes (gloo) on this machine. Sinkhorn-Knopp is at a "
         f"stage in the midst of training, with {CLUSTERS} clusters.",

@@ -35,6 +35,8 @@ INDEX_SUFFIX = ".index.arrow"
 MISSING = "file not found"
 # A sample of so many files says whether a whole list is elsewhere.
 _MANY = 1000
+# Of up to so many files of a list, each start finds out which have changed.
+_LOOKED_AT = 10_000
 # A file's size and time of change (ns) tell whether it has changed; its duration is in seconds, its
 # width and height are as shown; its problem is why it cannot be used, or null.
 FILES = pa.schema(
@@ -98,7 +100,8 @@ def look_up(
         read: names of the files, and the clip list where there is one; not called where the index
             holds the list.
         key: of a clip list. An index with this key is taken as it is, but for files that are there
-            and whose size or time of change is another. With another key, or without one, facts are
+            and whose size or time of change is another (of very many files, only those that could
+            not be used are looked at). With another key, or without one, facts are
             only taken of files whose size and time of change are as they were.
         index: path; by default beside the source where there is a key, else memory.
 
@@ -133,7 +136,11 @@ def _known(index: str | None, source: str) -> Index:
 def _is_complete(known: Index, key: str) -> bool:
     if not key or known.key != key or known.clips is None:
         return False
-    return not _has_changed(known.files).any()
+    files = known.files
+    if len(files) > _LOOKED_AT:
+        # Each start of each process would ask for all of them. Those may have been repaired.
+        files = files.filter(pc.is_valid(files["problem"]))
+    return not _has_changed(files).any()
 
 
 def _completed(

@@ -66,7 +66,9 @@ def test_index_of_a_list(videos: Path, tmp_path: Path, probed: list[str]) -> Non
     (videos / "new.mp4").unlink()
 
 
-def test_a_list_s_files_that_are_replaced(videos: Path, tmp_path: Path, probed: list[str]) -> None:
+def test_a_list_s_files_that_are_replaced(
+    videos: Path, tmp_path: Path, probed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "a.mp4"
     file.write_bytes(b"half a download")
     rows = "a.mp4,0,1\nb.mp4,0,5\n"
@@ -81,6 +83,11 @@ def test_a_list_s_files_that_are_replaced(videos: Path, tmp_path: Path, probed: 
     for _ in range(2):
         assert [clip["duration"] for clip in load_av_clips(source)] == lengths
         assert sorted(probed) == ["a.mp4", "b.mp4"]
+    # Of very many files, only what could not be used is looked at again.
+    monkeypatch.setattr(index_module, "_LOOKED_AT", 1)
+    (tmp_path / "b.mp4").write_bytes(b"half a download")
+    assert len(load_av_clips(source)) == 2 and len(probed) == 2
+    (tmp_path / "b.mp4").write_bytes((videos / "c.MOV").read_bytes())
     # A disk that is away for a while changes nothing.
     file.rename(tmp_path / "away")
     assert len(load_av_clips(source)) == 2 and len(probed) == 2
