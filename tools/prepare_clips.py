@@ -19,7 +19,7 @@ from typing import Any
 if __name__ == "__main__":
     from _check_paths import check_paths
 
-    check_paths(files=["--clips"], folders=["--folder", "--root"])
+    check_paths(files=["--clips"], folders=["--root"], paths=["--folder"])
 
 import cv2
 

@@ -454,6 +454,14 @@ def test_the_tool_tells_of_changed_videos_and_settings(tmp_path: Path, run_tool:
     assert state(tmp_path / "out") == before
 
 
+def test_the_tool_takes_one_video(tmp_path: Path, run_tool: Any) -> None:
+    video = write_video(tmp_path / "a.mp4", 2.0)
+    run_tool("--folder", video, "--clip-seconds", 1, "--output", tmp_path / "out")
+    whole = PreparedClips(str(tmp_path / "out"))
+    clip = {"file_name": video, "start": 1.0, "duration": 1.0}
+    assert len(whole) == 2 and abs(time_of_frame(whole.read(clip, 1.5)[0]) - 1.5) < 0.05
+
+
 def test_what_has_changed(tmp_path: Path) -> None:
     names = ("same", "copied", "longer", "other", "gone")
     clips = []
