@@ -99,8 +99,12 @@ def longer(name: str, cfg: CfgNode) -> str:
     The advice to train a stage twice as long.
     """
     solver = cfg.SOLVER
-    key = "MAX_EPOCH" if solver.MAX_EPOCH else "MAX_ITER"
-    return f"train longer: {name}:SOLVER.{key} {2 * solver[key]:g} (was {solver[key]:g})"
+    keys = ("MAX_EPOCH", "MIN_ITER") if solver.MAX_EPOCH else ("MAX_ITER",)
+    return "train longer: " + ", ".join(
+        f"{name}:SOLVER.{key} {2 * solver[key]:g} (was {solver[key]:g})"
+        for key in keys
+        if solver[key]
+    )
 
 
 def _numbers_of_training(kind: StageKind, rows: list[dict], world: int) -> dict[str, float]:

@@ -75,22 +75,31 @@ def write_torchscript(model: nn.Module, image: torch.Tensor, path: str) -> None:
 def write_onnx(model: nn.Module, image: torch.Tensor, path: str) -> None:
     """
     As :func:`write_torchscript`, for ONNX, operators of version 17.
+
+    Raises:
+        ValueError: ONNX has no operator for a part of the model.
     """
     adapter = TracingAdapter(model.eval(), [{"image": image}], find).eval()
     axes = {name: {0: "number"} for name in OUTPUTS[:3]} | {"image": {1: "height", 2: "width"}}
     with warnings.catch_warnings(), torch.no_grad(), write_whole(path) as part:
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            adapter,
-            (image,),
-            str(part),
-            # torchvision's operators are known to this exporter.
-            dynamo=False,
-            opset_version=17,
-            input_names=["image"],
-            output_names=OUTPUTS,
-            dynamic_axes=axes,
-        )
+        try:
+            torch.onnx.export(
+                adapter,
+                (image,),
+                str(part),
+                # torchvision's operators are known to this exporter.
+                dynamo=False,
+                opset_version=17,
+                input_names=["image"],
+                output_names=OUTPUTS,
+                dynamic_axes=axes,
+            )
+        except torch.onnx.errors.UnsupportedOperatorError as error:
+            raise ValueError(
+                f"the model cannot be an ONNX file: {str(error).splitlines()[0]} (a ViT resizes its "
+                "position embedding so). Take --format torchscript"
+            ) from error
 
 
 def write_safetensors(model: nn.Module, image: torch.Tensor, path: str) -> None:

@@ -62,6 +62,18 @@ def test_an_exported_detector_finds_the_same(name, model, tmp_path):
     assert found.boxes < 0.01 and found.scores < 1e-4
 
 
+def test_a_vit_is_torchscript_only(tmp_path):
+    words = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "test_vit"]
+    words += ["MODEL.TIMM.OUT_FEATURES", "('blocks.3',)", "MODEL.FPN.IN_FEATURES", "['blocks.3']"]
+    torch.manual_seed(3)
+    model = build_model(get_config("quick_schedules/own_videos_detector.yaml", OPTS + words)).eval()
+    path = str(tmp_path / "model")
+    WRITERS["torchscript"](model, pictures()[0], path)
+    assert compare(model, LOADERS["torchscript"](path), pictures()).detections == 80
+    with pytest.raises(ValueError, match="cannot be an ONNX file: .*Take --format torchscript"):
+        WRITERS["onnx"](model, pictures()[0], path)
+
+
 @pytest.mark.parametrize("field, change", [(0, 1.0), (1, 1), (2, 0.01)])
 def test_what_differs_is_noticed(field, change, model):
     def exported(image):
