@@ -34,17 +34,17 @@ def add_avdet2_config(cfg: CN) -> None:
 
 
 def _add_data(cfg: CN) -> None:
-    # A folder of videos, one video, or a clip list (csv, jsonl, parquet), that is to be used in place
-    # of DATASETS.TRAIN. Empty: DATASETS.TRAIN as it stands.
+    # A folder of videos, one video, or a clip list (csv, jsonl, parquet), that is to be used in
+    # place of DATASETS.TRAIN. Empty: DATASETS.TRAIN as it stands.
     cfg.DATASETS.VIDEOS = ""
     # Videos are cut into clips of so many seconds.
     cfg.DATASETS.CLIP_SECONDS = 10.0
     # The largest share of the training clips that may be left out, as they have no sound, cannot be
     # read ...: with more, the run ends with an error that counts the reasons. 1: any.
     cfg.DATASETS.MAX_LEFT_OUT = 0.5
-    # A COCO file of boxes on pictures of your own, and their folder (empty: that of the file), to be
-    # used in place of DATASETS.TEST. Where its images have "audio_file" and "time" (of the picture
-    # in it, in seconds), localizers are evaluated, too. Empty: DATASETS.TEST as it stands.
+    # A COCO file of boxes on pictures of your own, and their folder (empty: that of the file), to
+    # be used in place of DATASETS.TEST. Where its images have "audio_file" and "time" (of the
+    # picture in it, in seconds), localizers are evaluated, too. Empty: DATASETS.TEST as it stands.
     cfg.DATASETS.TEST_JSON = ""
     cfg.DATASETS.TEST_IMAGES = ""
     # Folder that tools/prepare_clips.py wrote; clips that it holds are read from there, the others
@@ -92,8 +92,8 @@ def _add_weights(cfg: CN) -> None:
 
 
 def _add_localizer(cfg: CN) -> None:
-    # In the config.yaml of a finished training MODEL.WEIGHTS are its own, for whoever uses the model;
-    # here are those that it started from, as the only entry. Not to be set by hand.
+    # In the config.yaml of a finished training MODEL.WEIGHTS are its own, for whoever uses the
+    # model; here are those that it started from, as the only entry. Not to be set by hand.
     cfg.MODEL.STARTED_FROM = ()
 
     # AVOL-Net as an image backbone (build_avol_backbone, build_avol_fpn_backbone): channels of its
@@ -142,8 +142,8 @@ def _add_localizer(cfg: CN) -> None:
     node.GATHER_GRADIENTS = True
     # Compile the encoders (torch.compile) for training: a minute or more at the start.
     node.COMPILE = False
-    # In inference, and so for self-boxes, a heatmap is the mean of those of the image in these sizes
-    # (1: FRAME_SIZE's), and with FLIP of its mirrored copies, on the grid of the largest.
+    # In inference, and so for self-boxes, a heatmap is the mean of those of the image in these
+    # sizes (1: FRAME_SIZE's), and with FLIP of its mirrored copies, on the grid of the largest.
     node.TTA = CN()
     node.TTA.SCALES = (1.0,)
     node.TTA.FLIP = False
@@ -166,9 +166,9 @@ def _add_localizer(cfg: CN) -> None:
 
 
 def _add_timm(cfg: CN) -> None:
-    # A network of timm as an image backbone (build_timm_backbone, build_timm_fpn_backbone), of which
-    # MODEL.BACKBONE.FREEZE_AT freezes stages: 1 is the stem (a ViT's embeddings), 2 also the first
-    # stage (a ViT's first block) ...
+    # A network of timm as an image backbone (build_timm_backbone, build_timm_fpn_backbone), of
+    # which MODEL.BACKBONE.FREEZE_AT freezes stages: 1 is the stem (a ViT's embeddings), 2 also the
+    # first stage (a ViT's first block) ...
     cfg.MODEL.TIMM = _timm_network("resnet50", "layer3")
     # BN: as timm has it; SyncBN (over all GPUs) or FrozenBN (nothing of it is trained).
     cfg.MODEL.TIMM.NORM = "BN"
@@ -183,8 +183,8 @@ def _timm_network(name: str, out_feature: str) -> CN:
     # What a training starts from that has no MODEL.WEIGHTS: a file (.pth, .safetensors ...) that
     # holds this network, or "timm": the weights of NAME, which are downloaded once. Empty: random.
     node.WEIGHTS = ""
-    # Maps of the network by timm's names: layer1 ... layer4 of a ResNet, blocks.0 ... of a ViT. What
-    # comes after the last one is not built.
+    # Maps of the network by timm's names: layer1 ... layer4 of a ResNet, blocks.0 ... of a ViT.
+    # What comes after the last one is not built.
     node.OUT_FEATURES = (out_feature,)
     # [NAME, VALUE] pairs for timm.create_model, such as ["num_heads", 12].
     node.OPTIONS = ()
@@ -220,8 +220,8 @@ def _add_spectrogram(cfg: CN) -> None:
     node.SPECTROGRAM.LOG_EPS = 1e-6
     node.SPECTROGRAM.MEAN = -6.5
     node.SPECTROGRAM.STD = 4.8
-    # SpecAugment, in training: a band of at most FREQ_MASK of the rows, and one of at most TIME_MASK
-    # of the columns, are set to the mean. 0: none.
+    # SpecAugment, in training: a band of at most FREQ_MASK of the rows, and one of at most
+    # TIME_MASK of the columns, are set to the mean. 0: none.
     node.SPECTROGRAM.FREQ_MASK = 0.0
     node.SPECTROGRAM.TIME_MASK = 0.0
 
@@ -327,8 +327,8 @@ def _add_rounds(cfg: CN) -> None:
 def _add_solver(cfg: CN) -> None:
     # SGD, Adam, AdamW or LARS.
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Factor of the learning rate of the image backbone (the localizer's visual encoder; a detector's
-    # network below the FPN).
+    # Factor of the learning rate of the image backbone (the localizer's visual encoder; a
+    # detector's network below the FPN).
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # Trust coefficient of LARS ("eeta" in SimCLR).
     cfg.SOLVER.LARS_ETA = 0.001
@@ -348,8 +348,8 @@ def _add_solver(cfg: CN) -> None:
     cfg.SOLVER.WARMUP_EPOCH = 0.0
     # With MAX_EPOCH: at least so many iterations, however few the clips.
     cfg.SOLVER.MIN_ITER = 0
-    # What becomes of BASE_LR where REFERENCE_WORLD_SIZE scales the batch by s: "linear" (s times, as
-    # stock, for SGD), "sqrt" (the root of s, for Adam and its like) or "none".
+    # What becomes of BASE_LR where REFERENCE_WORLD_SIZE scales the batch by s: "linear" (s times,
+    # as stock, for SGD), "sqrt" (the root of s, for Adam and its like) or "none".
     cfg.SOLVER.LR_SCALING = "linear"
 
 

@@ -6,8 +6,8 @@ Runs the frozen localizer once over all prepared frames and keeps its heatmaps.
     python tools/cache_heatmaps.py --config-file output/localizer_joint/config.yaml \\
         --prepared prepared --output heatmaps MODEL.WEIGHTS output/localizer_joint/model_final.pth
 
-Run again, it goes on where it stopped: a killed run loses the clip it was at. A detector then reads the
-heatmaps in place of running the localizer, with MODEL.SELF_BOX.HEATMAPS heatmaps and
+Run again, it goes on where it stopped: a killed run loses the clip it was at. A detector then reads
+the heatmaps in place of running the localizer, with MODEL.SELF_BOX.HEATMAPS heatmaps and
 DATASETS.PREPARED prepared. With --num-gpus (also on CPUs) several processes share the clips.
 """
 

@@ -161,7 +161,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--input",
         default="",
-        help="folder of pictures or videos, clip list, or registered set (default: the run's clips)",
+        help="folder of pictures or videos, clip list, registered set (default: the run's clips)",
     )
     parser.add_argument("--output", help="folder (default: RUN/labels)")
     parser.add_argument(

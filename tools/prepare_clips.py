@@ -3,8 +3,9 @@
 """
 Put clips into the form that training reads fast: small JPEG frames and sound in shards.
 
-Run again, it goes on where it stopped: a killed run loses the clips it was at. What could not be read is
-listed in `failures.json` and tried again by the next run. Then set DATASETS.PREPARED to the folder.
+Run again, it goes on where it stopped: a killed run loses the clips it was at. What could not be
+read is listed in `failures.json` and tried again by the next run. Then set DATASETS.PREPARED to the
+folder.
 """
 
 import argparse

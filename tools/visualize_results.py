@@ -5,10 +5,10 @@ Draws what a finished pipeline learned: heatmaps.png, detections.png and curves.
 
     python tools/visualize_results.py --run output/synthetic
 
-Heatmaps lie over frames of training clips, the surest of every cluster, with the self-box and, as title, its name. Test images
-show detections above a score; thin white boxes are objects of the ground truth, dashed where they
-are silent. Without a test set, detections are drawn on frames of training clips. Names are those of
-RUN/clusters.json, which can be edited.
+Heatmaps lie over frames of training clips, the surest of every cluster, with the self-box and, as
+title, its name. Test images show detections above a score; thin white boxes are objects of the
+ground truth, dashed where they are silent. Without a test set, detections are drawn on frames of
+training clips. Names are those of RUN/clusters.json, which can be edited.
 """
 
 import argparse

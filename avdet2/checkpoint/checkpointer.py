@@ -35,8 +35,8 @@ class _SafeReader(Checkpointer):
             return dict(load_file(f, mapped=False, trusted=self.trust_pickles))
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"{refusal(f, error)}. If it holds more than tensors and you trust whoever wrote it, add "
-                "MODEL.TRUST_PICKLES True to the command line"
+                f"{refusal(f, error)}. If it holds more than tensors and you trust whoever wrote "
+                "it, add MODEL.TRUST_PICKLES True to the command line"
             ) from error
 
 
@@ -156,8 +156,8 @@ class WholeCheckpointer(AVCheckpointer):
         if wrong:
             raise ValueError(
                 f"MODEL.WEIGHTS {self._path} leave a part of the model at random: "
-                f"{len(wrong)} tensors are missing or of another shape ({', '.join(wrong[:3])}). Give "
-                "the model_final.pth of the very stage, with the config.yaml beside it "
+                f"{len(wrong)} tensors are missing or of another shape ({', '.join(wrong[:3])}). "
+                "Give the model_final.pth of the very stage, with the config.yaml beside it "
                 "(MODEL.ROI_HEADS.NUM_CLASSES and MODEL.LOCALIZER.NUM_CLUSTERS as in its training)"
             )
         super()._log_incompatible_keys(incompatible)

@@ -236,8 +236,8 @@ def load_file(
     path: str, left_out: Sequence[str] = (), mapped: bool = True, trusted: bool = False
 ) -> Mapping[str, Any]:
     """
-    The content of a PyTorch file, of .safetensors, or of a pickle of arrays (.pkl) as in Detectron2's
-    model zoo.
+    The content of a PyTorch file, of .safetensors, or of a pickle of arrays (.pkl) as in
+    Detectron2's model zoo.
 
     Args:
         path: of the file, or an address that Detectron2 knows.

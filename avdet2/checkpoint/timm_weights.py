@@ -49,8 +49,9 @@ def load_timm_weights(encoder: TimmBackbone, weights: str, key: str) -> None:
 
     Args:
         encoder: as it was built.
-        weights: path of a file that :func:`read_checkpoint` reads, nothing of which is executed, with
-            a network of this kind at any place and behind any prefix; or "timm", for timm's own.
+        weights: path of a file that :func:`read_checkpoint` reads, nothing of which is executed,
+            with a network of this kind at any place and behind any prefix; or "timm", for timm's
+            own.
         key: of the config, for messages.
 
     Raises:
@@ -91,8 +92,8 @@ def _downloaded(create: Mapping[str, Any], key: str) -> dict[str, torch.Tensor]:
         from timm import list_pretrained
 
         raise ValueError(
-            f"{key} timm: the NAME {name!r} does not say which of timm's weights, most of which are "
-            f"of supervised trainings: it has {list_pretrained(f'{name}.*') or 'none'}"
+            f"{key} timm: the NAME {name!r} does not say which of timm's weights, most of which "
+            f"are of supervised trainings: it has {list_pretrained(f'{name}.*') or 'none'}"
         )
     try:
         return create_network(pretrained=True, **create).state_dict()
@@ -100,8 +101,9 @@ def _downloaded(create: Mapping[str, Any], key: str) -> dict[str, torch.Tensor]:
     except Exception as error:
         raise ValueError(
             f"{key} timm: timm's weights of {name} cannot be had ({type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0]}). Where there is no network, give the path "
-            "of a file with them (model.safetensors from the model's page), or '' to start at random"
+            f"{str(error).strip().partition(chr(10))[0]}). Where there is no network, give the "
+            "path of a file with them (model.safetensors from the model's page), or '' to start at "
+            "random"
         ) from error
 
 
@@ -127,8 +129,8 @@ def _find(content: Mapping[str, Any], encoder: TimmBackbone, what: str) -> dict[
     if len(places) != 1:
         raise ValueError(
             f"{what} holds {len(places)} networks with tensors of timm's "
-            f"{encoder.create['model_name']} (such as {marker}), behind {places[:3]}. The names must "
-            "be timm's, with or without something before them"
+            f"{encoder.create['model_name']} (such as {marker}), behind {places[:3]}. The names "
+            "must be timm's, with or without something before them"
         )
     logger.info(f"{what}: the network behind {places[0]!r} is used")
     return whole[places[0]]
@@ -154,8 +156,8 @@ def _search(
 
 def _for_channels(state: dict[str, torch.Tensor], encoder: TimmBackbone) -> dict[str, torch.Tensor]:
     """
-    The first convolution's weights for the encoder's number of channels, as timm adapts them: for one
-    channel the sum over those of the file.
+    The first convolution's weights for the encoder's number of channels, as timm adapts them: for
+    one channel the sum over those of the file.
     """
     from timm.models import adapt_input_conv
 

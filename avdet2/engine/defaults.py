@@ -109,13 +109,14 @@ def _check(cfg: CfgNode, eval_only: bool) -> None:
         )
     if not (cfg.DATASETS.TRAIN or eval_only):
         raise ValueError(
-            "there are no training clips: set DATASETS.VIDEOS (a folder of videos, a video or a clip "
-            "list) or DATASETS.TRAIN (registered data sets)"
+            "there are no training clips: set DATASETS.VIDEOS (a folder of videos, a video or a "
+            "clip list) or DATASETS.TRAIN (registered data sets)"
         )
     if cfg.MODEL.LOAD_PROPOSALS and not cfg.MODEL.TRUST_PICKLES:
         raise ValueError(
-            "MODEL.LOAD_PROPOSALS reads DATASETS.PROPOSAL_FILES_*, which are pickles and may run any "
-            "code: if you trust whoever wrote them, add MODEL.TRUST_PICKLES True to the command line"
+            "MODEL.LOAD_PROPOSALS reads DATASETS.PROPOSAL_FILES_*, which are pickles and may run "
+            "any code: if you trust whoever wrote them, add MODEL.TRUST_PICKLES True to the "
+            "command line"
         )
     device = torch.device(cfg.MODEL.DEVICE).type
     if cfg.SOLVER.AMP.ENABLED and not eval_only:

@@ -149,8 +149,8 @@ class SelfLabelHook(HookBase):
 
     def _check_collapse(self, labels: torch.Tensor, scores: torch.Tensor) -> None:
         """
-        Warn, and after some times in a row raise, where the labels tell nothing apart. All processes
-        have the same labels, and decide alike.
+        Warn, and after some times in a row raise, where the labels tell nothing apart. All
+        processes have the same labels, and decide alike.
         """
         # No clip in this process: nothing differs in it.
         ends = (scores.amin(0).cpu(), scores.amax(0).cpu()) if len(scores) else None

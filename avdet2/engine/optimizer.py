@@ -16,16 +16,16 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 
 logger = logging.getLogger(__name__)
 
-# By SOLVER.LR_SCALING: the learning rate for a batch that is so many times the config's, in units of
-# BASE_LR.
+# By SOLVER.LR_SCALING: the learning rate for a batch that is so many times the config's, in units
+# of BASE_LR.
 LR_SCALINGS = {"linear": lambda scale: scale, "sqrt": math.sqrt, "none": lambda scale: 1.0}
 
 
 def scale_to_processes(cfg: CfgNode, processes: int) -> CfgNode:
     """
-    DefaultTrainer.auto_scale_workers, with BASE_LR as SOLVER.LR_SCALING says: the linear rule (Goyal
-    et al., 2017) is one for SGD; the steps of Adam, which divides by the gradients' size, want the
-    square root (Krizhevsky, 2014; Malladi et al., 2022).
+    DefaultTrainer.auto_scale_workers, with BASE_LR as SOLVER.LR_SCALING says: the linear rule
+    (Goyal et al., 2017) is one for SGD; the steps of Adam, which divides by the gradients' size,
+    want the square root (Krizhevsky, 2014; Malladi et al., 2022).
     """
     scaled = DefaultTrainer.auto_scale_workers(cfg, processes)
     solver = cfg.SOLVER

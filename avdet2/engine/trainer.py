@@ -109,8 +109,9 @@ class AVTrainer(DefaultTrainer):
 
     def state_dict(self) -> dict:
         """
-        Stock state, what it was trained with, and the optimizer's state, which Detectron2 0.6 leaves out: its
-        momentum would start at zero after --resume. Its key is that of Detectron2's main branch.
+        Stock state, what it was trained with, and the optimizer's state, which Detectron2 0.6
+        leaves out: its momentum would start at zero after --resume. Its key is that of Detectron2's
+        main branch.
         """
         state = super().state_dict()
         state |= {"seed": self.seed, "config": self._config, "clips": num_clips(self)}

@@ -191,8 +191,8 @@ def _weak_points(kind: StageKind, name: str, numbers: dict[str, float]) -> Itera
             f"the clusters are not settled (NMI of the last two labellings {nmi:.2f}): "
             f"{longer(name, kind.cfg)}"
         )
-    # On the synthetic benchmark, whose maps have 27 % of their cells at the edge, random weights have
-    # 66 % of their peaks there, and trained ones 0 to 11 %.
+    # On the synthetic benchmark, whose maps have 27 % of their cells at the edge, random weights
+    # have 66 % of their peaks there, and trained ones 0 to 11 %.
     edge, by_chance = known.get("edge_peaks", 0), known.get("edge_by_chance", 1)
     if edge > (1 + by_chance) / 2:
         yield (

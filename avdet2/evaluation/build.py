@@ -112,8 +112,8 @@ def check_evaluation(
             )
         if needs_sound and not any("audio_file" in image or "start" in image for image in images):
             raise ValueError(
-                f"DATASETS.TEST: no image of {name} has sound (`audio_file`), and a localizer needs "
-                "it: set DATASETS.TEST () for this stage, or take a test set with sound"
+                f"DATASETS.TEST: no image of {name} has sound (`audio_file`), and a localizer "
+                "needs it: set DATASETS.TEST () for this stage, or take a test set with sound"
             )
         names.check(name, num_classes)
         if json_file:

@@ -126,8 +126,8 @@ def build_avol_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> AVOLEncoder:
 @BACKBONE_REGISTRY.register()
 def build_avol_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
-    :func:`build_fpn` on AVOL-Net (cfg.MODEL.FPN.IN_FEATURES of cfg.MODEL.AVOL): a detector's backbone
-    that can start from a localizer's visual encoder.
+    :func:`build_fpn` on AVOL-Net (cfg.MODEL.FPN.IN_FEATURES of cfg.MODEL.AVOL): a detector's
+    backbone that can start from a localizer's visual encoder.
     """
     return build_fpn(cfg, build_avol_backbone(cfg, input_shape))
 

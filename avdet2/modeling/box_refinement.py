@@ -2,9 +2,9 @@
 """
 Boxes that follow the picture: GrabCut (Rother et al., 2004), seeded by a heatmap or by a box.
 
-The cells of a heatmap are a few pixels wide, and what they see overlaps: eq. 5's box tells where the
-object is, and hardly where it ends; nor does a detector that has learned from such boxes. The picture
-does.
+The cells of a heatmap are a few pixels wide, and what they see overlaps: eq. 5's box tells where
+the object is, and hardly where it ends; nor does a detector that has learned from such boxes. The
+picture does.
 """
 
 from typing import NamedTuple

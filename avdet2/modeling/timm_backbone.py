@@ -26,8 +26,8 @@ __all__ = ["SimpleFeaturePyramid", "TimmAudioEncoder", "TimmBackbone"]
 
 class TimmBackbone(Backbone):
     """
-    A network of timm up to the last of the maps that are asked for, with random weights. A ViT takes
-    images of any size, whose sides are multiples of its patch's.
+    A network of timm up to the last of the maps that are asked for, with random weights. A ViT
+    takes images of any size, whose sides are multiples of its patch's.
     """
 
     def __init__(
@@ -155,9 +155,9 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """
-    A pyramid on the network of cfg.MODEL.TIMM: a stock FPN, with one more level by max-pooling, where
-    cfg.MODEL.FPN.IN_FEATURES are several maps; of a single map, that of a ViT, a simple feature
-    pyramid.
+    A pyramid on the network of cfg.MODEL.TIMM: a stock FPN, with one more level by max-pooling,
+    where cfg.MODEL.FPN.IN_FEATURES are several maps; of a single map, that of a ViT, a simple
+    feature pyramid.
     """
     bottom_up, node = build_timm_backbone(cfg, input_shape), cfg.MODEL.FPN
     if len(node.IN_FEATURES) > 1:

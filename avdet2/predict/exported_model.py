@@ -97,8 +97,8 @@ def write_onnx(model: nn.Module, image: torch.Tensor, path: str) -> None:
             )
         except torch.onnx.errors.UnsupportedOperatorError as error:
             raise ValueError(
-                f"the model cannot be an ONNX file: {str(error).splitlines()[0]} (a ViT resizes its "
-                "position embedding so). Take --format torchscript"
+                f"the model cannot be an ONNX file: {str(error).splitlines()[0]} (a ViT resizes "
+                "its position embedding so). Take --format torchscript"
             ) from error
 
 

@@ -63,8 +63,8 @@ class Predictor(DefaultPredictor):
         predict = Predictor("output/my_videos")
         instances = predict("a.jpg")
 
-    Results are Instances on the CPU, with pred_boxes, scores, pred_classes, names and pred_clusters:
-    see :meth:`avdet2.evaluation.naming.cluster_file.ClusterFile.apply`.
+    Results are Instances on the CPU, with pred_boxes, scores, pred_classes, names and
+    pred_clusters: see :meth:`avdet2.evaluation.naming.cluster_file.ClusterFile.apply`.
 
     Attributes:
         metadata: for Detectron2's Visualizer. There is an entry for each cluster.

@@ -34,7 +34,7 @@ CLIPS, MAX_CLIPS = 10, 900
 MAX_BOXES = 8
 # Pictures that an evaluation has drawn, with what they show.
 PICTURES = {
-    "ap_over_iou.png": "Average precision over IoU thresholds, with classes and with classes as one",
+    "ap_over_iou.png": "Average precision over IoU thresholds, with classes, and with all as one",
     "precision_recall.png": "Precision and recall of each class at IoU 50 %",
     "per_class.png": "AP30, AP50 and AP of each class, as numbers in coloured cells",
     "success.png": "Sound localisation: share of frames over the cIoU threshold",

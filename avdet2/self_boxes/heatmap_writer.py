@@ -1,7 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-Runs the frozen localizer once over all prepared frames, whole, with the sound around each, and keeps
-what it makes of them; :mod:`avdet2.self_boxes.heatmap_cache` says how, and reads it.
+Runs the frozen localizer once over all prepared frames, whole, with the sound around each, and
+keeps what it makes of them; :mod:`avdet2.self_boxes.heatmap_cache` says how, and reads it.
 """
 
 import os

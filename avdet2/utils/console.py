@@ -10,8 +10,8 @@ import sys
 
 __all__ = ["quiet_console"]
 
-# How messages begin that fill screens, or that nobody waits for. In the first one, "detectron2._C not
-# built" is no fault: avdet2 needs no compiled operators.
+# How messages begin that fill screens, or that nobody waits for. In the first one, "detectron2._C
+# not built" is no fault: avdet2 needs no compiled operators.
 FILE_ONLY = (
     "Environment info:",
     "Command line arguments:",

@@ -117,8 +117,8 @@ class Item:
     Attributes:
         frames: uint8 array of shape (num_frames, h, w, 3), RGB.
         waveform: int16 array of shape (seconds * 24000,).
-        truth: json-ready description: "sounds" (classes heard, with pitch or recordings), "objects" (category,
-            sounding, box, area, visible and the boxes of all frames), "time", "digest".
+        truth: json-ready description: "sounds" (classes heard, with pitch or recordings), "objects"
+            (category, sounding, box, area, visible and the boxes of all frames), "time", "digest".
         scene: what the frames were composed from.
     """
 

@@ -1,7 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-What scenes and sounds are made of: here shapes that are drawn and sounds that are computed. Those of
-photographs and recordings are in :mod:`.photos`.
+What scenes and sounds are made of: here shapes that are drawn and sounds that are computed. Those
+of photographs and recordings are in :mod:`.photos`.
 """
 
 from collections.abc import Iterator, Sequence

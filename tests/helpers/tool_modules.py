@@ -1,6 +1,7 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-The tools without a process of their own: as modules, whose functions tests can call, or as programs.
+The tools without a process of their own: as modules, whose functions tests can call, or as
+programs.
 """
 
 import importlib.util

@@ -2,8 +2,8 @@
 """
 From clip lists (csv, jsonl, parquet) and videos to registered data sets, by pyarrow.
 
-A list is read into an Arrow table (:mod:`~avdet2.data.clips.reading`); what is known of its files is
-looked up in an index that is mapped into memory, or found out (:mod:`~avdet2.data.clips.index`);
+A list is read into an Arrow table (:mod:`~avdet2.data.clips.reading`); what is known of its files
+is looked up in an index that is mapped into memory, or found out (:mod:`~avdet2.data.clips.index`);
 what can be used becomes a sequence of clip dicts (:mod:`~avdet2.data.clips.table`) and is
 registered (:mod:`~avdet2.data.clips.registering`).
 """

@@ -32,8 +32,8 @@ __all__ = [
     "training_clips",
 ]
 
-# Of files that hold pictures and sound and that FFmpeg opens. Others that it opens (sound, pictures,
-# and formats of games) are not looked for in a folder; a clip list may name any file.
+# Of files that hold pictures and sound and that FFmpeg opens. Others that it opens (sound,
+# pictures, and formats of games) are not looked for in a folder; a clip list may name any file.
 VIDEO_EXTENSIONS = tuple(
     """
     .3g2 .3gp .amv .asf .avi .dav .dif .divx .dv .dvd .f4v .flv .gxf .ism .ismv .m1v .m2t .m2ts .m2v
@@ -126,8 +126,8 @@ def scan_clips(
     summary = f"{source}: left out {len(skipped)}, kept {len(clips)} clips: {_counts(skipped)}"
     if not len(clips):
         raise ValueError(
-            f"{source}: no usable clip. Wanted are videos with sound, or a clip list (.csv, .jsonl, "
-            f".parquet). {summary if skipped else _no_videos_in(source)}"
+            f"{source}: no usable clip. Wanted are videos with sound, or a clip list (.csv, "
+            f".jsonl, .parquet). {summary if skipped else _no_videos_in(source)}"
         )
     if skipped:
         log_first_n(logging.WARNING, summary, key="message", name=__name__)

@@ -158,8 +158,8 @@ class StageKind:
 
     def warn_of_schedule(self) -> None:
         """
-        Say what is known to be too short, or too much for the clips, of a config in which MAX_ITER and
-        IMS_PER_BATCH are those of the training.
+        Say what is known to be too short, or too much for the clips, of a config in which MAX_ITER
+        and IMS_PER_BATCH are those of the training.
         """
 
     # How it trains.
@@ -286,7 +286,7 @@ def check_contrast(cfg: CfgNode, model: CfgNode) -> None:
     share = solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or processes)
     if share < 2 and (processes == 1 or model.NORM == "BN" or not model.GATHER):
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, {share} for each process, and at least "
-            "two are needed: clips are told apart within a batch, and batch norm needs more than one "
-            "sample (with several processes, SyncBN and GATHER True do with one in each)"
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, {share} for each process, and at "
+            "least two are needed: clips are told apart within a batch, and batch norm needs more "
+            "than one sample (with several processes, SyncBN and GATHER True do with one in each)"
         )

@@ -41,8 +41,9 @@ from avdet2.self_boxes.inference import ReadableLoader
 logger = logging.getLogger(__name__)
 
 AUDIO_WEIGHTS = "MODEL.LOCALIZER.AUDIO_ENCODER.TIMM.WEIGHTS"
-# Iterations of batch 16 at which NCE left the plateau, on the synthetic benchmark and on photographs;
-# and the fewest clips for each cluster that were measured (1,200 photographs' clips in 16).
+# Iterations of batch 16 at which NCE left the plateau, on the synthetic benchmark and on
+# photographs; and the fewest clips for each cluster that were measured (1,200 photographs' clips in
+# 16).
 PLATEAU_ITERS = (600, 1900)
 CLIPS_PER_CLUSTER = 75
 ADVICE = (
@@ -150,8 +151,8 @@ class LocalizerStage(StageKind):
             level = logging.WARNING if solver.MAX_ITER < PLATEAU_ITERS[0] else logging.INFO
             logger.log(
                 level,
-                f"the training is {solver.MAX_ITER:,} iterations of {solver.IMS_PER_BATCH} clips. So "
-                "far the loss left that of guessing after about {:,} (drawn shapes) and {:,} "
+                f"the training is {solver.MAX_ITER:,} iterations of {solver.IMS_PER_BATCH} clips. "
+                "So far the loss left that of guessing after about {:,} (drawn shapes) and {:,} "
                 "(photographs) of 16: train longer (SOLVER.MIN_ITER or MAX_EPOCH) if it does "
                 "not".format(*PLATEAU_ITERS),
             )
@@ -159,8 +160,8 @@ class LocalizerStage(StageKind):
         if count < CLIPS_PER_CLUSTER * clusters:
             logger.warning(
                 f"{count:,} clips in MODEL.LOCALIZER.NUM_CLUSTERS {clusters} are "
-                f"{count / clusters:.0f} a cluster; nothing with fewer than {CLIPS_PER_CLUSTER} was "
-                f"measured. Fewer clusters ({max(2, count // CLIPS_PER_CLUSTER)}) may be surer"
+                f"{count / clusters:.0f} a cluster; nothing with fewer than {CLIPS_PER_CLUSTER} "
+                f"was measured. Fewer clusters ({max(2, count // CLIPS_PER_CLUSTER)}) may be surer"
             )
 
     def links(self, before: Sequence[StageKind]) -> list[str]:

@@ -92,7 +92,8 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
       repeats the suppression across them.
     * "bbox_objects", if the ground truth says which objects sound: silent_recall,
       multi_object_rate, and AP50 on single_object_images: see
-      :func:`avdet2.evaluation.detection.metrics.object_metrics`; keys that end in "_agnostic" ignore the classes.
+      :func:`avdet2.evaluation.detection.metrics.object_metrics`; keys that end in "_agnostic"
+      ignore the classes.
 
     Files in `output_dir`, beside stock's: `cluster_instances_results.json` (COCO results whose
     category_id is the cluster), `cluster_matching.json`, and `curves.json`, which
@@ -116,8 +117,8 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
                 predicted classes are the data set's.
             class_agnostic_only: leave out all that needs classes; the predicted ones may be any.
             distributed: gather the predictions of all processes.
-            save_instances: write stock's `instances_predictions.pth` as well, which takes a fifth of
-                the time and holds nothing that the json files do not.
+            save_instances: write stock's `instances_predictions.pth` as well, which takes a fifth
+                of the time and holds nothing that the json files do not.
 
         Raises:
             ValueError: the matching's classes are not the data set's.
@@ -245,9 +246,9 @@ class SelfSupervisedDetectionEvaluator(COCOEvaluator):
             highest = metrics["highest_score_agnostic"] / 100
             if highest < CONFIDENT:
                 logger.warning(
-                    f"no detection on {self._metadata.name} has a score of {CONFIDENT} (the highest "
-                    f"is {highest:.2f}): silent_recall, multi_object_rate and their like are 0 for "
-                    f"that reason; those of the {TOP} best of each image end in _top{TOP}"
+                    f"no detection on {self._metadata.name} has a score of {CONFIDENT} (the "
+                    f"highest is {highest:.2f}): silent_recall, multi_object_rate and their like "
+                    f"are 0 for that reason; those of the {TOP} best of each image end in _top{TOP}"
                 )
 
     def _write(self, name: str, content: list | dict) -> None:

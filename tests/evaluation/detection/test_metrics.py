@@ -219,7 +219,8 @@ def test_multi_object_rate_by_hand():
 
 def test_the_best_of_each_image_count_whatever_their_scores():
     api = _truth([(1, 1, A), (1, 2, B), (2, 1, A)], sounding=[1, 0, 0])
-    # Ten detections beside the objects are better than that of image 2, but not than those of image 1.
+    # Ten detections beside the objects are better than that of image 2, but not than those of image
+    # 1.
     beside = [_detection(2, 1, [70 + i, 70, 9, 9], 0.2) for i in range(10)]
     results = [_detection(1, 1, A, 0.25), _detection(1, 2, B, 0.21), *beside]
     results.append(_detection(2, 1, A, 0.1))
