@@ -235,10 +235,11 @@ def all_rules() -> dict[str, Rule]:
     rules = dict(RULES)
     for key, default in flat_items(load_cfg("")):
         numbers = _flat(default)
-        is_whole = bool(numbers) and all(type(number) is int for number in numbers)
-        if key in RULES or not is_whole or min(numbers) < 0 or (numbers != [0] and 0 in numbers):
+        is_whole = {type(number) for number in numbers} == {int}
+        # A list with a 0 in it is none of sizes, and -1 has a meaning of its own.
+        if key in RULES or not is_whole or not (min(numbers) > 0 or numbers == [0]):
             continue
-        least = 0 if key in MAY_BE_ZERO else min(1, *numbers)
+        least = int(min(numbers) > 0 and key not in MAY_BE_ZERO)
         rules[key] = Rule(
             lambda value, _, least=least: all(least <= x < math.inf for x in _flat(value)),
             f"at least {least}",
