@@ -120,17 +120,18 @@ def _numbers_of_training(kind: StageKind, rows: list[dict], world: int) -> dict[
     objective = build_objective(node).name if is_localizer else "simclr"
     # The other objectives of a localizer decide between two.
     chance = {"nce": 1 / batch, "simclr": 1 / (2 * batch - 1)}.get(objective, 0.5)
+    weight = node.LAMBDA if is_localizer else 1
     accuracies = _values(rows, f"{objective}/accuracy")
-    if not accuracies:
+    # Without a weight nothing is learned from what is told apart.
+    if not (accuracies and weight):
         return {}
     last = max(1, round(LAST * len(accuracies)))
     numbers = {"accuracy": float(mean([x for _, x in accuracies[-last:]])), "chance": chance}
     numbers["iterations"] = 1 + max(i for i, _ in accuracies)
     # A single loss is logged as the total.
-    is_alone = not is_localizer or node.LAMBDA == 1
-    losses = _values(rows, "total_loss" if is_alone else f"loss_{objective}")
+    losses = _values(rows, "total_loss" if weight == 1 else f"loss_{objective}")
     if losses and objective in ("nce", "simclr"):
-        weight, plateau = 1 if is_alone else node.LAMBDA, -math.log(chance)
+        plateau = -math.log(chance)
         low = [loss / weight < PLATEAU * plateau for _, loss in losses]
         # A single low value may be luck.
         left = [i for (i, _), *pair in zip(losses, low, [*low[1:], True]) if all(pair)]

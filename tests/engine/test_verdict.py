@@ -111,6 +111,11 @@ def test_a_loss_has_its_weight(joint):
     assert found.numbers["left_plateau"] == 39 and found.numbers["loss"] == pytest.approx(2.2)
 
 
+def test_a_loss_without_a_weight_tells_nothing(tmp_path):
+    folder = make_stage(tmp_path, "joint", "synthetic_joint.yaml", "MODEL.LOCALIZER.LAMBDA", "0.0")
+    assert verdict_of(folder, losses(0.0, 0.0, key="loss_nce")) is None
+
+
 def test_what_was_trained_again_counts_once(pretrain):
     # Killed after iteration 79, and gone on with from 39: the lucky losses are not of this model.
     rows = [*losses(2.77, 2.7, 2.4, 2.3), *losses(2.77, 2.7, 2.6, 2.6, 2.4, 2.3)[2:]]
