@@ -3,13 +3,16 @@
 Tests of a pipeline's last words: what they say of a run, and what they advise.
 """
 
+import math
 from types import SimpleNamespace
 
 import pytest
 from report_page import make_page, write_metrics
 
+from avdet2.evaluation.naming.cluster_relations import ClusterRelations, DoubleCluster, Pair
 from avdet2.report import words
 from avdet2.report.advice import advice
+from avdet2.report.page import render
 from avdet2.report.words import clusters_table, last_words, measured, too_few_clips
 
 
@@ -61,6 +64,20 @@ def test_a_run_that_did_not_learn_is_told_what_to_do(report):
     assert "* more clips: there are 30, the synthetic benchmark needed 1,600" in text
     assert "* train longer: localizer_joint:SOLVER.MAX_EPOCH 60 (was 30)" in text
     assert "OUTPUT_DIR of its own" in text
+
+
+def test_clusters_that_mean_the_same_are_told(report):
+    same, double = [Pair(0, 2, 0.4, 0.1, math.nan)], [DoubleCluster(1, 0.6, 0.4)]
+    report.clusters.relations = ClusterRelations(same, double)
+    text = last_words(report)
+    assert "clusters 0 (horn) and 2 (cluster_002) are probably one class: give them one" in text
+    assert "cluster 1 (a|b) is probably two classes" in text
+    render(report, {}, {}, {})
+    page = report.index.read_text()
+    for a, b in ((0, 2), (2, 0)):
+        own = page.partition(f'id="cluster-{a}"')[2].partition("</article>")[0]
+        assert f'Probably the same as <a href="#cluster-{b}">cluster {b}</a>' in own
+    assert page.count("Probably the same") == 2 and page.count("Probably two things") == 1
 
 
 def test_a_detector_that_finds_little_trains_longer(report):
