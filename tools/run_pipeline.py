@@ -293,6 +293,8 @@ def argument_parser() -> argparse.ArgumentParser:
     for action in parser._actions:
         if action.dest in ("resume", "eval_only"):
             action.help = argparse.SUPPRESS
+        if action.dest == "opts":
+            action.help = "KEY VALUE pairs for all stages, STAGE:KEY VALUE pairs for one"
     return parser
 
 
