@@ -10,10 +10,12 @@ Convert a published SimCLR (or other) ResNet to a file that Detectron2 loads as 
 
 INPUT may be SimCLR's own TensorFlow checkpoint (v1, or v2 with sk0; a folder, a zip, or an .npz
 that tools/dump_tf_checkpoint.py wrote where TensorFlow is); a PyTorch file of tonylins, lightly-ai,
-Separius, VISSL, Lightning Bolts, lightly, sthalles, MoCo and its descendants, or torchvision; the
-checkpoint of one's own training by avdet2; or a .pkl of arrays in Detectron2's names. ResNet-50 of
-normal width, and where the source has them ResNet-18, 34, 101 and 152. Nothing in INPUT is
-executed.
+Separius, VISSL, Lightning Bolts, lightly, sthalles, Spijkervet, MoCo and its descendants, SwAV,
+SimSiam, Barlow Twins, VICReg, DINO, BYOL, SupContrast, PyContrast, MMSelfSup, or torchvision; a
+.safetensors file with torchvision's names; the checkpoint of one's own training by avdet2; or a
+.pkl of arrays in Detectron2's names. ResNet-50 of normal width, and where the source has them
+ResNet-18, 34, 101 and 152. Of a teacher and a student the teacher is taken, of a network and one
+that follows it the first. Nothing in INPUT is executed.
 
 OUTPUT.yaml holds INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and MODEL.RESNETS.STRIDE_IN_1X1
 as the weights need them: other values load all the same and cost accuracy. A config takes

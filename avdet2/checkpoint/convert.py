@@ -5,7 +5,7 @@ A published ResNet in Detectron2's form, with the settings that go with its weig
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from avdet2.checkpoint.pixel_settings import read_settings
-from avdet2.checkpoint.reading import read_checkpoint
+from avdet2.checkpoint.reading import SAVE_STATE, is_left_out, read_checkpoint
 from avdet2.checkpoint.resnet_names import LAYOUTS, STAGE_BLOCKS, Layout, depth_of, resnet_shapes
 from avdet2.checkpoint.sources import (
     PIXEL_KEYS,
@@ -25,8 +25,14 @@ from avdet2.checkpoint.sources import (
 
 # TensorFlow 2 appends this to the names of values.
 TF2_VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
-# A network that follows the trained one, as in MoCo.
-FOLLOWER = re.compile(r"(^|[/._])(encoder_k|momentum(_\w+)?|teacher|target|ema(_model)?)([/._]|$)")
+# The network of two that is not taken: one that follows the trained one, as in MoCo and BYOL, and
+# DINO's student, for its teacher is what is published.
+SECOND = re.compile(
+    r"(^|[/._])(encoder_k|key|momentum(_\w+)?|student|target|ema(_model)?)([/._]|$)"
+)
+# Where there still are two, one is lightly's momentum encoder, which it evaluates, or it is the same
+# network by another name, as in BYOL by lucidrains.
+ONLINE = re.compile(r"(^|[/._])(query|online)([/._]|$)")
 
 
 @dataclass
@@ -103,10 +109,19 @@ def read_resnet(path: str, source: str = "") -> ResNetWeights:
     )
 
 
+def preferred(places: Iterable[str]) -> list[str]:
+    """
+    Of the places of networks in a file, those that are taken.
+    """
+    found = list(places)
+    for pattern in (SECOND, ONLINE):
+        found = [place for place in found if not pattern.search(place)] or found
+    return found
+
+
 def _find_resnet(content: Mapping[str, Any], path: str) -> _Found:
-    found = list(_search(content, ()))
-    leading = [resnet for resnet in found if not FOLLOWER.search(resnet.place)]
-    found = leading or found
+    by_place = {resnet.place: resnet for resnet in _search(content, ())}
+    found = [by_place[place] for place in preferred(by_place)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -119,6 +134,8 @@ def _find_resnet(content: Mapping[str, Any], path: str) -> _Found:
     hint = ""
     if any(name.endswith(("conv1.0.weight", "net.2.main_conv.0.weight")) for name in names):
         hint = ". Its first layers are those of ResNet-D, which Detectron2 does not have"
+    elif objects := [f"{k!r} ({type(v).__name__})" for k, v in content.items() if is_left_out(v)]:
+        hint = f". Objects in it are not made: {', '.join(objects)}. {SAVE_STATE}"
     raise ValueError(
         f"{path} holds no ResNet in a known layout: of its {len(names)} tensors the first are "
         f"{', '.join(map(repr, names[:5]))}{hint}"

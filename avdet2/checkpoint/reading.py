@@ -6,10 +6,12 @@ Checkpoints, of which nothing is executed.
 import logging
 import os
 import pickle
+import re
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,9 +46,17 @@ CONVERT = (
 )
 
 
+SAVE_STATE = (
+    "If you trust its author, where its code is installed, and best on a machine without anything "
+    "of value: torch.save(torch.load(INPUT, map_location='cpu', weights_only=False).state_dict(), "
+    "OUTPUT) makes a file of its tensors (or with [KEY] before .state_dict())"
+)
+
+
 class _LeftOut:
     """
-    Stands for every object that is neither a tensor nor of a basic type.
+    Stands for every object that is neither a tensor nor of a basic type. The name of its class, a
+    subclass of this, is that of the object's.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -56,13 +66,38 @@ class _LeftOut:
         pass
 
 
+class _LeftOutDict:
+    """
+    Stands for dicts of a type of their own.
+    """
+
+    def __new__(cls, *args: Any) -> OrderedDict:
+        return OrderedDict()
+
+
+class _LeftOutList:
+    """
+    Stands for lists of a type of their own.
+    """
+
+    def __new__(cls, *args: Any) -> list:
+        return []
+
+
+def is_left_out(value: Any) -> bool:
+    """
+    Whether a value of a checkpoint stands for an object that was not made.
+    """
+    return isinstance(value, _LeftOut)
+
+
 def read_checkpoint(path: str) -> Mapping[str, Any]:
     """
     The content of a checkpoint.
 
     Args:
-        path: of a PyTorch file, or a .pkl of arrays (see :func:`load_file`); of an .npz that
-            tools/dump_tf_checkpoint.py wrote; or of a TensorFlow checkpoint: its folder, a zip of
+        path: of a PyTorch file, or a .pkl of arrays (see :func:`load_file`); of a .safetensors
+            file; of an .npz that tools/dump_tf_checkpoint.py wrote; or of a TensorFlow checkpoint: its folder, a zip of
             it, or its prefix (model.ckpt-225206).
 
     Returns:
@@ -166,45 +201,53 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: str) -> Mapping[str, Any]:
-    left_out = _unknown_types(path)
-    try:
-        # Not mapped: whoever writes to the file later would change the tensors.
-        return load_file(path, left_out, mapped=False)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{refusal(path, error, left_out)}. If you trust its author, write its tensors to a "
-            "new file, best on a machine without anything of value: content = torch.load(INPUT, "
-            "map_location='cpu', weights_only=False); torch.save({'state_dict': "
-            "content['state_dict']}, OUTPUT)"
-        ) from error
+    # Settings, callbacks and the like of a trainer.
+    left_out: dict[str, type] = {}
+    while True:
+        try:
+            # Not mapped: whoever writes to the file later would change the tensors.
+            content = load_file(path, left_out, mapped=False)
+            break
+        except pickle.UnpicklingError as error:
+            if not _leave_out(left_out, str(error)):
+                raise ValueError(
+                    f"{refusal(path, error)}. If you trust its author, write its tensors to a "
+                    "new file, best on a machine without anything of value: content = "
+                    "torch.load(INPUT, map_location='cpu', weights_only=False); "
+                    "torch.save({'state_dict': content['state_dict']}, OUTPUT)"
+                ) from error
+    if left_out:
+        logger.info(f"{path}: objects of these types are left out: {', '.join(sorted(left_out))}")
+    return content
 
 
-def _unknown_types(path: str) -> list[str]:
+def _leave_out(left_out: dict[str, type], message: str) -> bool:
     """
-    Names of types in the file that are not loaded: settings, callbacks and the like of a trainer.
+    Add what the unpickler's message complains of to the types that are left out. False if it is
+    something else.
     """
-    # Without this function, in older PyTorch, and in files of very old ones, they are refused.
-    list_them = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
-    if list_them is None or not zipfile.is_zipfile(path):
-        return []
-    found = sorted(list_them(path))
-    if found:
-        logger.info(f"{path}: objects of these types are left out: {', '.join(found)}")
-    return found
+    # PyTorch before 2.6 leaves nothing out.
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        return False
+    match = re.search(r"Unsupported global: GLOBAL (\S+) was not an allowed", message)
+    name = match and (match[1] if "." in match[1] else f"builtins.{match[1]}")
+    if match and name not in left_out:
+        left_out[name] = type(name, (_LeftOut,), {})
+        return True
+    match = re.search(r"Can only (SETITEMS?|append|extend) .* got <class '(\S+)'>", message)
+    name = match and match[2].removeprefix(f"{__name__}.")
+    if name not in left_out or not issubclass(left_out[name], _LeftOut):
+        return False
+    kind = _LeftOutDict if match[1].startswith("SETITEM") else _LeftOutList
+    left_out[name] = type(name, (kind,), {})
+    return True
 
 
-def refusal(path: str, error: Exception, left_out: Sequence[str] = ()) -> str:
+def refusal(path: str, error: Exception) -> str:
     """
-    What is said of a file whose objects are not made.
-
-    Args:
-        path: of the file.
-        error: that :func:`load_file` raised.
-        left_out: as it was given that.
+    What is said of a file whose objects are not made, by the error that :func:`load_file` raised.
     """
     reason = _reason(error)
-    if _LeftOut.__name__ in reason:
-        reason = f"dicts or lists of a type of their own, among {', '.join(left_out)}"
     return (
         f"{path} is no PyTorch checkpoint or pickle of arrays, or holds objects that only its own "
         f"code can make{f' ({reason})' if reason else ''}. They are not executed here, as a file "
@@ -215,6 +258,8 @@ def refusal(path: str, error: Exception, left_out: Sequence[str] = ()) -> str:
 def _reason(error: Exception) -> str:
     # PyTorch's message is wrapped in advice, also to execute what is in the file.
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    if refused := re.search(r"^Trying to .*", text, re.MULTILINE):
+        text = refused[0]
     text = text.partition("\n")[0].partition(" was not an allowed")[0]
     return "" if text.startswith("Weights only load failed") else text
 
@@ -233,7 +278,10 @@ def load_checkpoint(path: str, mapped: bool = True, trusted: bool = False) -> Ma
 
 
 def load_file(
-    path: str, left_out: Sequence[str] = (), mapped: bool = True, trusted: bool = False
+    path: str,
+    left_out: Mapping[str, type] | None = None,
+    mapped: bool = True,
+    trusted: bool = False,
 ) -> Mapping[str, Any]:
     """
     The content of a PyTorch file, of .safetensors, or of a pickle of arrays (.pkl) as in
@@ -241,7 +289,7 @@ def load_file(
 
     Args:
         path: of the file, or an address that Detectron2 knows.
-        left_out: names of types in a PyTorch file whose objects are replaced by placeholders.
+        left_out: what stands in for objects of other types in a PyTorch file, by their names.
         mapped: map the tensors of a PyTorch file: who only looks at shapes reads none of them.
         trusted: make objects of any type, which runs whatever code the file asks for.
 
@@ -263,7 +311,7 @@ def load_file(
     # Files of old versions of PyTorch are no zip files, and cannot be mapped.
     is_zip = zipfile.is_zipfile(path)
     # PyTorch before 2.6 leaves no type out, and before 2.5 has no such function.
-    allowed = [(_LeftOut, name) for name in left_out]
+    allowed = [(kind, name) for name, kind in (left_out or {}).items()]
     context = torch.serialization.safe_globals(allowed) if allowed else nullcontext()
     try:
         if path.endswith(".pkl") and not is_zip:
@@ -281,6 +329,12 @@ def load_file(
             raise
         kind = kind or f"no checkpoint, or is damaged or not complete: {_reason(error)}"
         raise ValueError(f"{path} ({os.path.getsize(path)} bytes) is {kind}") from error
+    if is_left_out(content):
+        kind = type(content).__name__
+        raise ValueError(
+            f"{path} is a whole module ({kind}), pickled with its code. It is not executed here, "
+            f"as a file from elsewhere could do anything. {SAVE_STATE}"
+        )
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content

@@ -23,8 +23,9 @@ _TORCHVISION: Renames = (
     (r"^(conv1|bn1)\.", r"stem.\1."),
     (r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}"),
     (r"\bbn(\d)", r"conv\1.norm"),
-    (r"downsample\.0", "shortcut"),
-    (r"downsample\.1", "shortcut.norm"),
+    # The second is SupContrast's.
+    (r"(downsample|shortcut)\.0", "shortcut"),
+    (r"(downsample|shortcut)\.1", "shortcut.norm"),
 )
 # nn.Sequential(*resnet.children()) counts the children of torchvision's ResNet.
 _SEQUENTIAL: Renames = (
@@ -180,8 +181,8 @@ class Layout(NamedTuple):
         return found
 
 
-# The classifier, and batch norms' counters.
-_OTHERS = r"^fc\.|num_batches_tracked$"
+# The classifier, SwAV's heads, and batch norms' counters.
+_OTHERS = r"^(fc|projection_head|prototypes)\.|num_batches_tracked$"
 # "stem.fc." is what Detectron2's and MoCo's converters make of the classifier.
 _D2_OTHERS = r"^(linear|stem\.fc)\.|num_batches_tracked$"
 _TF2_STEM = "initial_conv_relu_max_pool/0/conv2d/kernel"

@@ -3,6 +3,7 @@
 Who published a checkpoint, and the pixels that its network was trained on.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -44,10 +45,59 @@ SOURCES = {
     "vissl": Source("VISSL", IMAGENET),
     "pl_bolts": Source("Lightning Bolts", IMAGENET),
     "lightly": Source("lightly", IMAGENET),
+    "spijkervet": Source("SimCLR by Spijkervet", UNIT_RANGE),
+    "swav": Source("SwAV or DeepCluster v2 (also Lightning Bolts' SwAV)", IMAGENET),
+    "simsiam": Source("SimSiam", IMAGENET),
+    "barlow_twins": Source("Barlow Twins or VICReg", IMAGENET),
+    "dino": Source("DINO", IMAGENET),
+    "byol_pytorch": Source("BYOL by lucidrains", IMAGENET),
+    "supcontrast": Source("SupContrast or PyContrast", IMAGENET),
+    "mmselfsup": Source("MMSelfSup or MMPretrain", IMAGENET),
     "moco": Source("MoCo, or a code that descends from it", IMAGENET),
     "torchvision": Source("torchvision, or ImageNet's mean and std in general", IMAGENET),
     "detectron2": Source("a run of avdet2 or Detectron2, or a converted file", None),
 }
+
+
+class _Mark(NamedTuple):
+    """
+    What tells that a file with torchvision's names is of a source.
+
+    Attributes:
+        source: a key of SOURCES.
+        prefix: pattern of all that stands before the names.
+        beside: pattern that is found in the name of some tensor of the state dict.
+        top: keys that the file has, all of them.
+    """
+
+    source: str
+    prefix: str
+    beside: str = ""
+    top: tuple[str, ...] = ()
+
+
+_LIGHTNING = ("pytorch-lightning_version",)
+# The first that fits is taken.
+_MARKS = (
+    _Mark("vissl", r".*_feature_blocks\."),
+    _Mark("moco", r".*(encoder_q|base_encoder)\..*"),
+    _Mark("swav", r"(module\.|model\.)?", r"(^|\.)prototypes\."),
+    _Mark("simsiam", r"module\.encoder\.", r"^module\.predictor\."),
+    _Mark("barlow_twins", r"(module\.)?backbone\.", r"^(module\.)?projector\."),
+    _Mark("dino", r"(module\.)?(backbone\.)?", top=("student", "teacher")),
+    _Mark("byol_pytorch", r"(online_encoder\.)?net\.", r"^online_predictor\."),
+    _Mark("mmselfsup", r"backbone\.|online_net\.0\.", top=("meta", "state_dict")),
+    _Mark("supcontrast", r"(module\.)?(encoder\.)?(module\.)?", top=("opt", "model")),
+    _Mark("spijkervet", r"(module\.)?encoder\.", r"^(module\.)?projector\."),
+    _Mark("pl_bolts", r"encoder\.", r"^projection\."),
+    _Mark("pl_bolts", r"(online_network\.)?encoder\.", top=_LIGHTNING),
+    _Mark("sthalles", r"backbone\.", r"^backbone\.fc\.2\.weight$"),
+    _Mark("lightly", r"((student|query|teacher)_)?backbone\.", r"^((student|query)_)?projection_"),
+    _Mark("lightly", r"((student|query|teacher)_)?backbone\.", r"^(student|teacher)_head\."),
+    _Mark("lightly", r"((student|query|teacher)_)?backbone\.", top=_LIGHTNING),
+    # The checkpoint of PyTorch's ImageNet example.
+    _Mark("torchvision", r"module\.", top=("arch",)),
+)
 
 
 def recognise(
@@ -71,21 +121,13 @@ def recognise(
     if layout != "torchvision":
         return fixed.get(layout, layout), layout == "sequential"
     names, top = set(names), set(top)
-    groups = {name.partition(".")[0] for name in names}
-    is_lightning = "pytorch-lightning_version" in top
-    if "_feature_blocks." in prefix:
-        return "vissl", False
-    if "encoder_q." in prefix or "base_encoder." in prefix:
-        return "moco", False
-    if prefix == "encoder." and (is_lightning or "projection" in groups):
-        return "pl_bolts", False
-    if prefix == "backbone." and "backbone.fc.2.weight" in names:
-        return "sthalles", False
-    if prefix == "backbone." and (is_lightning or groups & {"projection_head", "projection_mlp"}):
-        return "lightly", False
+    for mark in _MARKS:
+        if (
+            re.fullmatch(mark.prefix, prefix)
+            and top.issuperset(mark.top)
+            and any(re.search(mark.beside, name) for name in names)
+        ):
+            return mark.source, False
     if prefix == "" and path == ("state_dict",) and top == {"state_dict"}:
         return "tonylins", True
-    if prefix == "" and not path:
-        return "torchvision", True
-    # The checkpoint of PyTorch's ImageNet example.
-    return ("torchvision" if prefix == "module." and "arch" in top else None), False
+    return ("torchvision" if prefix == "" and not path else None), prefix == "" and not path

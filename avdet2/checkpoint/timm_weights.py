@@ -4,13 +4,12 @@ Published weights for networks of timm, whoever published them.
 """
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from avdet2.checkpoint.convert import FOLLOWER, read_resnet
+from avdet2.checkpoint.convert import preferred, read_resnet
 from avdet2.checkpoint.pixel_settings import WeightSettings
 from avdet2.checkpoint.reading import read_checkpoint
 from avdet2.checkpoint.resnet_names import LAYOUTS
@@ -123,9 +122,7 @@ def _find(content: Mapping[str, Any], encoder: TimmBackbone, what: str) -> dict[
         tensors = read_resnet(what.split(" ", 1)[1], "torchvision").tensors
         names = TORCHVISION.translate(encoder.all_names)
         return {x: torch.from_numpy(tensors[new]) for x, new in names.items() if new in tensors}
-    # Of DINO the teacher is published and evaluated, of all others the network that learns.
-    teachers = [place for place in whole if re.search(r"(^|/)teacher/", place)]
-    places = teachers or [x for x in whole if not FOLLOWER.search(x)] or list(whole)
+    places = preferred(whole)
     if len(places) != 1:
         raise ValueError(
             f"{what} holds {len(places)} networks with tensors of timm's "

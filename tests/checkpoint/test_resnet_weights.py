@@ -12,6 +12,7 @@ import published
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
@@ -37,6 +38,14 @@ PIXELS = {
     "pl_bolts": IMAGENET,
     "lightly": IMAGENET,
     "moco": IMAGENET,
+    "spijkervet": UNIT_RANGE,
+    "swav": IMAGENET,
+    "simsiam": IMAGENET,
+    "barlow_twins": IMAGENET,
+    "dino": IMAGENET,
+    "byol_pytorch": IMAGENET,
+    "supcontrast": IMAGENET,
+    "mmselfsup": IMAGENET,
 }
 
 
@@ -144,15 +153,38 @@ def _check(found, expected, source):
     }
 
 
+@pytest.mark.parametrize("form", sorted(published.contents(published.light_state())))
+def test_every_form_of_pytorch_is_recognised(form, tmp_path):
+    source, content = published.contents(published.light_state())[form]
+    torch.save(content, tmp_path / "checkpoint.pth")
+    found = read_resnet(str(tmp_path / "checkpoint.pth"))
+    assert (found.source, found.depth, len(found.tensors)) == (source, 50, 265)
+    mean, std = PIXELS[source]
+    assert found.settings["MODEL.PIXEL_MEAN"] == mean
+    assert found.settings["MODEL.PIXEL_STD"] == std
+    # Which source it is needs no flag, and is certain but for two plain forms.
+    assert found.is_guess == (form in ("tonylins", "torchvision", "lightly_indices"))
+
+
 @pytest.mark.parametrize(
-    "form", sorted(set(published.contents(published.light_state())) - {"tonylins"})
+    "form",
+    ["torchvision", "separius", "vissl", "pl_bolts", "lightly_indices", "moco", "supcontrast"],
 )
-def test_every_form_of_pytorch_has_the_same_tensors(form, contents, expected, tmp_path):
+def test_every_way_to_name_tensors_gives_the_same_ones(form, contents, expected, tmp_path):
     source, content = contents[form]
     path = tmp_path / "checkpoint.pth"
     torch.save(content, path)
     _check(read_resnet(str(path)), expected, source)
     path.unlink()
+
+
+def test_safetensors(contents, expected, tmp_path):
+    path = tmp_path / "resnet50.safetensors"
+    save_file(contents["torchvision"][1], path)
+    _check(read_resnet(str(path)), expected, "torchvision")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="safetensors file, or is damaged"):
+        read_resnet(str(path))
 
 
 @pytest.mark.parametrize("scope", ["", "ema_model/"])

@@ -6,10 +6,18 @@ Checkpoints as those who published them write them, made from a torchvision ResN
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
+
+
+class AttributeDict(dict):
+    """
+    As Lightning 0.9 and 1.0 keep what a model was made with.
+    """
+
 
 TF_NORM = {
     "weight": "gamma",
@@ -156,41 +164,122 @@ def contents(state: dict[str, torch.Tensor]) -> dict[str, tuple[str, dict]]:
     """
     one = torch.zeros(1)
     body = _without_fc(state)
-    follower = {"module.encoder_k.conv1.weight": one, "module.encoder_k.layer1.0.conv1.weight": one}
     trunk = {"trunk": _prefixed(body, "_feature_blocks."), "heads": {"0.clf.0.weight": one}}
     classy = {"base_model": {"model": trunk, "meta": {}}, "optimizer": {}, "phase_idx": 3}
-    bolts = {
-        "epoch": 100,
-        "pytorch-lightning_version": "1.1.4",
-        "hyper_parameters": argparse.Namespace(gpus=8),
-        "state_dict": {**_prefixed(state, "encoder."), "projection.model.0.weight": one},
-    }
+    lightning = {"epoch": 100, "pytorch-lightning_version": "1.1.4", "callbacks": {}}
+    swav = {"projection_head.0.weight": one, "projection_head.1.running_mean": one}
+    swav = {**body, **swav, "prototypes.weight": one}
+
+    def with_other(prefix: str, other: str, *beside: str) -> dict:
+        # A second network, without most of its tensors: it is not the one to take.
+        return {**second(other), **_prefixed(body, prefix), **dict.fromkeys(beside, one)}
+
+    def second(prefix: str) -> dict:
+        return {f"{prefix}conv1.weight": one, f"{prefix}layer1.0.conv1.weight": one}
+
+    def run(model: dict, **others: Any) -> dict:
+        return {"epoch": 9, **others, "state_dict": model}
+
+    queue, predictor = "module.queue", "module.predictor.0.weight"
+    bolts = {**_prefixed(state, "encoder."), "projection.model.0.weight": one}
     lightly = {**_prefixed(body, "backbone."), "projection_head.layers.0.weight": one}
     sthalles = {**_prefixed(body, "backbone."), "backbone.fc.0.weight": one}
+    twins = {**_prefixed(body, "module.backbone."), "module.projector.0.weight": one}
+    dino = {"student": second("module.backbone."), "teacher": _prefixed(body, "backbone.")}
+    settings = argparse.Namespace(arch="resnet50")
+    contrast = {**_prefixed(body, "encoder.module."), "head.0.weight": one}
     return {
         "tonylins": ("tonylins", {"state_dict": state}),
         "torchvision": ("torchvision", state),
-        "imagenet": (
-            "torchvision",
-            {"epoch": 90, "arch": "resnet50", "state_dict": _prefixed(state, "module.")},
-        ),
+        "imagenet": ("torchvision", run(_prefixed(state, "module."), arch="resnet50")),
         "separius": ("separius", {"resnet": _separius(state), "head": {"layers.0.weight": one}}),
         "vissl": ("vissl", {"phase_idx": 3, "classy_state_dict": classy}),
         "vissl_model": ("vissl", {"model_state_dict": trunk["trunk"]}),
-        "pl_bolts": ("pl_bolts", bolts),
-        "lightly": ("lightly", {"state_dict": lightly, "pytorch-lightning_version": "2.0"}),
+        "pl_bolts": ("pl_bolts", run(bolts, hyper_parameters=settings, **lightning)),
+        "pl_bolts_0.9": ("pl_bolts", run(bolts, hyper_parameters=AttributeDict(a=1), **lightning)),
+        "pl_bolts_byol": (
+            "pl_bolts",
+            run(with_other("online_network.encoder.", "target_network.encoder."), **lightning),
+        ),
+        "pl_bolts_swav": ("swav", run(_prefixed(swav, "model."), **lightning)),
+        "swav": ("swav", _prefixed(swav, "module.")),
+        "lightly": ("lightly", run(lightly, **lightning)),
         "lightly_indices": ("lightly", {"state_dict": _sequential(state)}),
+        "lightly_dino": (
+            "lightly",
+            run(with_other("teacher_backbone.", "student_backbone.", "student_head.layers.0.bias")),
+        ),
+        "lightly_dino_benchmark": (
+            "lightly",
+            run(with_other("backbone.", "student_backbone."), **lightning),
+        ),
+        "lightly_moco": (
+            "lightly",
+            run(with_other("backbone.", "key_backbone.", "projection_head.layers.0.bias")),
+        ),
+        "lightly_moco_benchmark": (
+            "lightly",
+            run(with_other("backbone.", "query_backbone."), **lightning),
+        ),
+        "lightly_byol": (
+            "lightly",
+            run(with_other("backbone.", "backbone_momentum.", "projection_head.layers.0.bias")),
+        ),
         "sthalles": ("sthalles", {"state_dict": {**sthalles, "backbone.fc.2.weight": one}}),
+        "spijkervet": ("spijkervet", {**_prefixed(body, "encoder."), "projector.0.weight": one}),
         "moco": (
             "moco",
+            run(with_other("module.encoder_q.", "module.encoder_k.", queue), arch="resnet50"),
+        ),
+        "simsiam": (
+            "simsiam",
+            run({**_prefixed(state, "module.encoder."), predictor: one}, arch="resnet50"),
+        ),
+        "barlow_twins": (
+            "barlow_twins",
+            {"epoch": 9, "model": {**twins, "module.bn.running_mean": one}, "optimizer": {}},
+        ),
+        "vicreg": ("barlow_twins", {"epoch": 9, "model": twins, "optimizer": {}}),
+        "dino": ("dino", {**dino, "epoch": 9, "args": settings}),
+        "byol_pytorch": (
+            "byol_pytorch",
             {
-                "arch": "resnet50",
+                **with_other("online_encoder.net.", "target_encoder.net.", "online_predictor.0.b"),
+                **_prefixed(body, "net."),
+            },
+        ),
+        "mmselfsup": (
+            "mmselfsup",
+            {
+                "meta": {"mmselfsup_version": "0.9.1"},
+                "state_dict": {**_prefixed(body, "backbone."), "neck.fc0.weight": one},
+            },
+        ),
+        "mmselfsup_byol": (
+            "mmselfsup",
+            {
+                "meta": {"env_info": "Linux"},
                 "state_dict": {
-                    **follower,
-                    **_prefixed(body, "module.encoder_q."),
-                    "module.encoder_q.fc.2.weight": one,
-                    "module.queue": one,
+                    **with_other("online_net.0.", "target_net.0.", "head.predictor.fc0.weight"),
+                    **_prefixed(body, "backbone."),
                 },
+            },
+        ),
+        "supcontrast": (
+            "supcontrast",
+            {
+                "opt": settings,
+                "model": {k.replace("downsample", "shortcut"): v for k, v in contrast.items()},
+                "optimizer": {},
+                "epoch": 9,
+            },
+        ),
+        "pycontrast": (
+            "supcontrast",
+            {
+                "opt": settings,
+                "model": {**_prefixed(body, "module.encoder."), "module.head.0.weight": one},
+                "model_ema": second("module.encoder."),
             },
         ),
     }
