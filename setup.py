@@ -68,6 +68,8 @@ EXPORT = ["globox>=2.5", "onnx>=1.16", "onnxruntime>=1.18"]
 TRACK = ["supervision>=0.26.1", "trackers>=2.6"]
 # WANDB.PROJECT.
 WANDB = ["wandb>=0.16"]
+# datasets/download_clips.py, which also needs the program ffmpeg.
+DOWNLOAD = ["yt-dlp>=2024.8"]
 
 setup(
     name="avdet2",
@@ -109,7 +111,8 @@ setup(
         "export": EXPORT,
         "track": TRACK,
         "wandb": WANDB,
+        "download": DOWNLOAD,
         # Tests, lint and format.
-        "dev": DEV + EXPORT,
+        "dev": DEV + EXPORT + DOWNLOAD,
     },
 )

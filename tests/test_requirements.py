@@ -65,7 +65,8 @@ def test_setup_asks_for_what_is_imported_and_nothing_else():
     needed = _imported("avdet2", "datasets")
     declared, for_tests = _declared("INSTALL_REQUIRES"), _declared("DEV")
     exports = _declared("EXPORT")
-    optional = _declared("TRACK") | _declared("WANDB") | exports
+    extras = map(_declared, ("TRACK", "WANDB", "DOWNLOAD"))
+    optional = exports.union(*extras)
     assert {"torch", "opencv-python-headless", "pyyaml"} <= needed <= declared | optional
     # PyTorch imports onnx.
     assert optional - needed <= {"onnx"}
@@ -90,7 +91,7 @@ def test_every_package_is_locked(version):
     wanted = [line.split()[1] for line in lines if line.startswith("Requires-Dist: ")]
     wanted = {_normal(re.match(r"[\w.-]+", line)[0]) for line in wanted}
     wanted |= {"pip", "setuptools", "wheel", "packaging", "unearth"}
-    wanted = wanted.union(*map(_declared, ("INSTALL_REQUIRES", "DEV", "EXPORT")))
+    wanted = wanted.union(*map(_declared, ("INSTALL_REQUIRES", "DEV", "EXPORT", "DOWNLOAD")))
     assert wanted <= set(names)
     pins = (folder / f"constraints-py{version}.txt").read_text().splitlines()
     assert [line.split()[0] for line in lock] == [pin for pin in pins if pin[0] != "#"], (

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from annotations.ground_truth import read_json
+from annotations.prepare import read_missing
 from annotations.segments import (
     ClipListSpec,
     Place,
@@ -97,7 +98,9 @@ def prepare_music_clips(
             places[segment].append(Place(file, clip["start"], clip["duration"]))
     if not any(places.values()):
         raise ValueError(f"{videos}: none of the {len(places)} videos is there, named {{YTID}}.mp4")
-    missing = {s.video: "no usable video of this id" for s, found in places.items() if not found}
+    told = read_missing(os.path.join(videos, "missing.csv"))
+    lost = [segment.video for segment, found in places.items() if not found]
+    missing = {video: told.get(video, "no usable video of this id") for video in lost}
     lists = {
         f"{part}_train": ClipListSpec(sorted({n for s in rows for n in s.labels}), rows)
         for part, rows in kept.items()

@@ -211,6 +211,19 @@ def write_missing(path: str, missing: Mapping[str, str]) -> str:
     return write_csv(path, ("id", "reason"), sorted(missing.items()))
 
 
+def read_missing(path: str) -> dict[str, str]:
+    """
+    The reason of each id, from a file of :func:`write_missing`; nothing where there is none.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    if not os.path.isfile(path):
+        return {}
+    rows = [row for _, row in read_csv(path, (2,), "id,reason")]
+    return dict(rows[1:])
+
+
 def write_coco(
     path: str,
     images: Sequence[Mapping[str, Any]],

@@ -21,6 +21,7 @@ from annotations.prepare import (
     clip_file,
     counts,
     find_clips,
+    read_missing,
     sha256_of_rows,
     summary,
     write_clip_list,
@@ -165,8 +166,11 @@ def prepare_segments(
     if not any(file_of.values()):
         raise ValueError(_nothing_found(videos, clips, segments))
     known = {video for video, _ in clips.files}
+    # Why it could not be had, where datasets/download_clips.py knows.
+    told = read_missing(os.path.join(videos, "missing.csv"))
     missing = {
-        segment.name: OTHER_SEGMENT if segment.video in known else NOT_ON_DISK
+        segment.name: told.get(segment.name)
+        or (OTHER_SEGMENT if segment.video in known else NOT_ON_DISK)
         for segment, file in file_of.items()
         if file is None
     }
