@@ -149,12 +149,12 @@ def _add_localizer(cfg: CN) -> None:
     node.TTA.FLIP = False
     # The localisation objective, of OBJECTIVE_REGISTRY: "nce" (eq. 1), or, for the comparisons of
     # Table 2, "bce" (Objects that Sound: matching pairs against others; rho is then the inverse of
-    # a learned scale, beside a learned shift) or "triplet" (Senocak et al.; POOL must be
-    # "attention").
+    # a learned scale, beside a learned shift), "attention" and "dmc" (both as DSOL's authors have
+    # them; NORMALIZE must be off) or "triplet" (Senocak et al.; POOL must be "attention").
     node.OBJECTIVE = "nce"
     # False leaves the embeddings as they are, as Objects that Sound does.
     node.NORMALIZE = True
-    # Of the triplet loss; 0 is Senocak et al.'s own, which has no margin.
+    # Of "attention" (10), "dmc" (5) and "triplet"; there 0 is Senocak et al.'s own, without margin.
     node.MARGIN = 1.0
     # Weights (.pth, .pkl) that the visual encoder starts from: SimCLR's, another localizer's, or
     # what tools/convert_simclr_to_d2.py wrote. MODEL.WEIGHTS is for the whole localizer; these are
@@ -282,9 +282,9 @@ def _add_self_boxes(cfg: CN) -> None:
     # then takes in place of running the localizer. Empty: on the fly.
     node.HEATMAPS = ""
 
-    # The row "Center Box" of Table 1: range of the sides, as fractions of the frame's.
+    # The row "Center Box" of Table 1: range of the fraction of the frame's that both sides are.
     cfg.MODEL.CENTER_BOX = CN()
-    cfg.MODEL.CENTER_BOX.SIZE_RANGE = (0.1, 1.0)
+    cfg.MODEL.CENTER_BOX.SIZE_RANGE = (0.35, 1.0)
     # The row "Selective Search": fast, quality or single; images are searched with their short side
     # at SIZE (0: as they are); so many boxes are kept.
     cfg.MODEL.SELECTIVE_SEARCH = CN()

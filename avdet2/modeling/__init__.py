@@ -4,6 +4,7 @@ from avdet2.modeling.avol import (  # noqa: F401
     build_avol_backbone,
     build_avol_fpn_backbone,
 )
+from avdet2.modeling.best_match import BestMatchROIHeads, BestMatchRPN  # noqa: F401
 from avdet2.modeling.drop_loss import DropLossROIHeads, DropLossRPN  # noqa: F401
 from avdet2.modeling.meta_arch import AVLocalizer, SimCLR  # noqa: F401
 from avdet2.modeling.tf_stem import (  # noqa: F401

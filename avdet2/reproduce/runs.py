@@ -153,12 +153,10 @@ class Runs:
             if not (source.is_trained and other.trained_on != column.trained_on)
             and not (source.needs_sound and other.is_silent)
         ]
-        return Evaluation(
-            self.stages[prefix + source.stage],
-            tuple(dict.fromkeys(test_sets)),
-            source.opts,
-            source.dictionary,
-        )
+        stage, opts = self.stages[prefix + source.stage], source.opts
+        if source.taught:
+            opts += _box_opts(stage, self.stages[prefix + source.taught])
+        return Evaluation(stage, tuple(dict.fromkeys(test_sets)), opts, source.dictionary)
 
     def evaluations(self, table: SuiteTable) -> list[Evaluation]:
         """
@@ -183,3 +181,12 @@ class Runs:
             metric = column.agnostic or metric
         label = f"-{source.label}" if source.label else ""
         return results.get(task, {}).get(metric.format(label), math.nan)
+
+
+def _box_opts(localizer: Stage, detector: Stage) -> tuple[str, ...]:
+    """
+    KEY VALUE pairs that let a localizer make self-boxes as the detector learned from them.
+    """
+    here, there = localizer.cfg.MODEL.SELF_BOX, detector.cfg.MODEL.SELF_BOX
+    keys = [key for key in ("BETA", "MULTI") if here[key] != there[key]]
+    return tuple(word for key in keys for word in (f"MODEL.SELF_BOX.{key}", str(there[key])))

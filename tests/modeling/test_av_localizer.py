@@ -45,8 +45,10 @@ def test_every_parameter_gets_a_gradient(nce_weight, keys):
 
 VARIANTS = {
     "objects_that_sound": {"OBJECTIVE": "bce", "NORMALIZE": False},
-    "attention": {"OBJECTIVE": "triplet", "POOL": "attention", "MARGIN": 0.0},
+    "attention": {"OBJECTIVE": "attention", "NORMALIZE": False, "MARGIN": 10.0},
+    "attention_senocak": {"OBJECTIVE": "triplet", "POOL": "attention", "MARGIN": 0.0},
     "attention_hinge": {"OBJECTIVE": "triplet", "POOL": "attention", "MARGIN": 1.0},
+    "dmc": {"OBJECTIVE": "dmc", "NORMALIZE": False, "MARGIN": 5.0},
     "attention_nce": {"POOL": "attention"},
     "products": {"NORMALIZE": False},
 }
@@ -76,6 +78,8 @@ def test_heatmaps_and_scores_of_a_variant(name):
     if name == "objects_that_sound":
         model.objective.shift.fill_(-0.5)
         expected = torch.sigmoid(expected / 0.07 - 0.5)
+    if name in ("attention", "dmc"):
+        expected = model.objective.heatmaps(features.visual, features.audio)
     if not VARIANTS[name].get("NORMALIZE", True):
         assert features.audio.norm(dim=1).min() > 2
     for i, output in enumerate(model(batch)):
@@ -91,7 +95,8 @@ def test_what_checkpoints_hold_of_the_objective():
     rho = "objective.temperature.rho_scale"
     assert names() == {rho}
     assert names(**VARIANTS["objects_that_sound"]) == {rho, "objective.shift"}
-    assert names(**VARIANTS["attention"]) == set()
+    assert names(**VARIANTS["attention_senocak"]) == names(**VARIANTS["dmc"]) == set()
+    assert len(names(**VARIANTS["attention"])) == 4
 
 
 @pytest.mark.parametrize(("device", "iterations"), [("meta", [0, 20, 40]), ("cpu", range(45))])

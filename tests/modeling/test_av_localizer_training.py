@@ -203,6 +203,8 @@ def test_a_compiled_training_is_the_same():
         {"POOL": "avg", "LAMBDA": 1.0},
         {"OBJECTIVE": "bce"},
         {"OBJECTIVE": "triplet", "POOL": "attention"},
+        {"OBJECTIVE": "attention", "NORMALIZE": False, "MARGIN": 10.0},
+        {"OBJECTIVE": "dmc", "NORMALIZE": False, "MARGIN": 5.0},
     ],
 )
 def test_a_training_step_never_waits_for_the_gpu(gpu, keys, optimizer):

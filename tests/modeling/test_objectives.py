@@ -11,6 +11,8 @@ from avdet2.config import add_avdet2_config
 from avdet2.modeling.losses import Temperature
 from avdet2.modeling.objectives import (
     OBJECTIVE_REGISTRY,
+    AttentionLoss,
+    ClusterLoss,
     CorrespondenceLoss,
     NCELoss,
     Objective,
@@ -102,18 +104,96 @@ def test_triplet_loss_by_hand():
     assert ratio.item() == pytest.approx(1 / (1 + np.exp(2**0.5)) ** 2, rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["bce", "hinge", "ratio"])
+def _contrastive(distances: np.ndarray, margin: float) -> float:
+    """
+    The mean over all pairs that are looked at, with distances[i, j] of frame i and sound j.
+    """
+    terms = []
+    for i in range(PAIRS):
+        terms.append(0.5 * distances[i, i] ** 2)
+        terms.append(0.5 * max(0.0, margin - distances[i, (i + 1) % PAIRS]) ** 2)
+    return float(np.mean(terms))
+
+
+@pytest.mark.parametrize("margin", [0.5, 10.0])
+def test_the_attention_of_dsol_s_authors_equals_numpy(margin):
+    visual, audio = _features()
+    objective = AttentionLoss(DIM, margin).double()
+    first, second = ([p.detach().numpy() for p in objective.head[i].parameters()] for i in (0, 2))
+    distances, weights = np.empty((PAIRS, PAIRS)), np.empty((PAIRS, HEIGHT * WIDTH))
+    for i, frame in enumerate(visual.numpy()):
+        cells = [cell / np.linalg.norm(cell) for cell in frame.reshape(DIM, -1).T]
+        for j, sound in enumerate(audio.numpy().clip(0)):
+            shares = np.exp([cell @ sound / np.linalg.norm(sound) for cell in cells])
+            shares /= shares.sum()
+            vector = sum(share * cell for share, cell in zip(shares, cells))
+            for weight, bias in (first, second):
+                vector = np.maximum(weight @ vector + bias, 0)
+            distances[i, j] = np.linalg.norm(vector - sound)
+            if i == j:
+                weights[i] = (shares - shares.min()) / (shares.max() - shares.min())
+    loss, accuracy = objective(visual, audio)
+    assert loss.item() == pytest.approx(_contrastive(distances, margin), rel=1e-9)
+    nearer = [distances[i, i] < distances[i, (i + 1) % PAIRS] for i in range(PAIRS)]
+    assert accuracy.item() == pytest.approx(np.mean(nearer))
+    maps = objective.heatmaps(visual, audio).detach()
+    np.testing.assert_allclose(maps.flatten(1), weights, rtol=1e-9, atol=1e-12)
+    # A map without contrast has no peak.
+    assert not objective.heatmaps(torch.ones_like(visual), audio).any()
+
+
+@pytest.mark.parametrize("margin", [0.5, 5.0])
+def test_dmc_equals_numpy(margin):
+    visual, audio = _features(1)
+    distances, maps = np.empty((PAIRS, PAIRS)), []
+    for i, frame in enumerate(visual.numpy() / 10):
+        cells = frame.reshape(DIM, -1).T
+        centres = [cells[0], cells[len(cells) // 2]]
+        for _ in range(4):
+            shares = np.array(
+                [[np.exp(-30 * np.linalg.norm(cell - c)) for c in centres] for cell in cells]
+            )
+            shares /= shares.sum(axis=1, keepdims=True)
+            centres = [(s[:, None] * cells).sum(axis=0) / s.sum() for s in shares.T]
+        apart = [[np.linalg.norm(c - sound) for c in centres] for sound in audio.numpy() / 10]
+        distances[i] = np.min(apart, axis=1)
+        maps.append(shares[:, np.argmin(apart[i])].reshape(HEIGHT, WIDTH))
+    objective = ClusterLoss(margin)
+    loss, _ = objective(visual / 10, audio / 10)
+    assert loss.item() == pytest.approx(_contrastive(distances, margin), rel=1e-9)
+    found = objective.heatmaps(visual / 10, audio / 10)
+    np.testing.assert_allclose(found, maps, rtol=1e-9, atol=1e-12)
+    # Not all certain.
+    assert ((found > 0.01) & (found < 0.99)).any()
+
+
+def test_dmc_finds_what_is_like_the_sound():
+    # The sound's vector in the lower half of each frame, another one in the rest. The first centres
+    # are the first location and the middle one.
+    visual = torch.tensor([[0.0, 0], [1, 0]])[:, :, None, None] * torch.ones(1, 1, 4, 4)
+    visual[:, :, 2:] = torch.tensor([3.0, 4.0])[:, None, None]
+    (first, _) = ClusterLoss(5.0).heatmaps(visual, torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    expected = torch.zeros(4, 4)
+    expected[2:] = 1
+    torch.testing.assert_close(first, expected)
+
+
+@pytest.mark.parametrize("objective", ["bce", "hinge", "ratio", "attention", "dmc"])
 def test_gradients_are_those_of_finite_differences(objective):
     module = {
         "bce": CorrespondenceLoss(Temperature("log", 2.0).double()).double(),
         "hinge": TripletLoss(0.7),
         "ratio": TripletLoss(0.0),
+        "attention": AttentionLoss(DIM, 10.0).double(),
+        "dmc": ClusterLoss(5.0),
     }[objective]
     visual, audio = (x[:3].requires_grad_() for x in _features())
     assert torch.autograd.gradcheck(lambda v, a: module(v, a)[0], (visual, audio))
 
 
-@pytest.mark.parametrize("module", [CorrespondenceLoss(Temperature()), TripletLoss(1.0)])
+@pytest.mark.parametrize(
+    "module", [CorrespondenceLoss(Temperature()), TripletLoss(1.0), ClusterLoss(5.0)]
+)
 def test_a_single_pair_is_refused(module):
     visual, audio = (x[:1].float() for x in _features())
     with pytest.raises(ValueError, match="mismatched"):
@@ -144,11 +224,17 @@ def test_the_config_chooses():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"OBJECTIVE": "mse"}, "OBJECTIVE must be one of bce, nce, triplet, not 'mse'"),
+        (
+            {"OBJECTIVE": "mse"},
+            "OBJECTIVE must be one of attention, bce, dmc, nce, triplet, not 'mse'",
+        ),
         ({"OBJECTIVE": "triplet"}, "POOL attention, not 'max'"),
         ({"OBJECTIVE": "triplet", "POOL": "attention", "MARGIN": -1.0}, "MARGIN"),
         ({"OBJECTIVE": "bce", "POOL": "mean"}, "POOL must be one of max, avg, attention"),
         ({"OBJECTIVE": "bce", "RHO_INIT": 0.0}, "RHO_INIT"),
+        ({"OBJECTIVE": "dmc"}, "OBJECTIVE dmc compares .* as they are.*set NORMALIZE False"),
+        ({"OBJECTIVE": "attention"}, "set NORMALIZE False"),
+        ({"OBJECTIVE": "dmc", "NORMALIZE": False, "MARGIN": 0.0}, "MARGIN must be above 0"),
     ],
 )
 def test_what_cannot_be_is_refused(keys, message):

@@ -96,9 +96,11 @@ class CenterBox(BoxRule):
     """
     "Center Box" of Table 1: one randomly sized box in the middle of each frame.
 
-    The paper does not give the distribution; here width and height are drawn independently and
-    uniformly, as fractions of the frame's. An image always gets the same box: its "image_id" is
-    the seed.
+    The paper does not give the distribution; here one number is drawn uniformly, as the fraction
+    of the frame that both sides have. Its range, .35 to 1, was chosen in steps of .05 for the row
+    "AudioSet" (AP30 15.1, AP50 3.5, AP 0.7): on the boxes of that row it has 15.2, 2.9 and 0.71
+    (.3: 14.1, 2.6, 0.62; .4: 16.8, 3.3, 0.81; two numbers from .1: 7.9, 0.9, 0.18). An image always
+    gets the same box: its "image_id" is the seed.
     """
 
     @configurable
@@ -126,8 +128,8 @@ class CenterBox(BoxRule):
     def propose(self, image: dict) -> tuple[np.ndarray, np.ndarray]:
         # The seed depends on nothing but the image: not on its order, its batch or its process.
         seed = zlib.crc32(str(image["image_id"]).encode())
-        half = np.random.default_rng(seed).uniform(*self.size_range, size=2) / 2
-        corners = np.concatenate([0.5 - half, 0.5 + half])
+        half = np.random.default_rng(seed).uniform(*self.size_range) / 2
+        corners = 0.5 + half * np.array([-1, -1, 1, 1])
         frame = np.array([image["width"], image["height"]] * 2)
         return (corners * frame)[None], np.ones(1)
 
