@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -131,12 +131,12 @@ class Runs:
     def stages(self) -> dict[str, Stage]:
         return {stage.name: stage for stage in make_stages(self.config, self.opts)}
 
-    def check_unchanged(self, table: SuiteTable) -> None:
+    def check_unchanged(self, evaluations: Iterable[Evaluation]) -> None:
         """
         Raises:
-            ValueError: a stage that the table is read from has run with other options.
+            ValueError: a stage that is evaluated has run with other options.
         """
-        names = [evaluation.stage.name for evaluation in self.evaluations(table)]
+        names = [evaluation.stage.name for evaluation in evaluations]
         for stage in needed(list(self.stages.values()), names):
             stage.check_unchanged()
 
@@ -188,5 +188,6 @@ def _box_opts(localizer: Stage, detector: Stage) -> tuple[str, ...]:
     KEY VALUE pairs that let a localizer make self-boxes as the detector learned from them.
     """
     here, there = localizer.cfg.MODEL.SELF_BOX, detector.cfg.MODEL.SELF_BOX
-    keys = [key for key in ("BETA", "MULTI") if here[key] != there[key]]
+    keys = ("BETA", "MULTI", "REFINE", "REFINE_SIZE")
+    keys = [key for key in keys if here[key] != there[key]]
     return tuple(word for key in keys for word in (f"MODEL.SELF_BOX.{key}", str(there[key])))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from avdet2.data.datasets.label_maps import general_labels, test_classes
 from avdet2.reproduce.paper import PAPER_TABLES
 
-__all__ = ["SUITES", "Column", "Source", "Suite", "SuiteTable"]
+__all__ = ["SUITES", "Column", "Source", "Suite", "SuiteFigure", "SuiteTable"]
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,43 @@ class SuiteTable:
 
 
 @dataclass(frozen=True)
+class SuiteFigure:
+    """
+    Our side of a figure: test images, with what the detector of a table's row finds on them.
+
+    Attributes:
+        title: what it shows.
+        table, row, column: whose detections, on which test set.
+        count: images; of failures, images of each kind.
+        skip: images that another figure shows.
+        objects: least number of detections in an image.
+        beside: a row whose detections stand beside them, where the suite can run it.
+        is_failures: it shows failures, by kind, in place of the surest detections.
+    """
+
+    title: str
+    table: int
+    row: str
+    column: str
+    count: int = 12
+    skip: int = 0
+    objects: int = 1
+    beside: str = ""
+    is_failures: bool = False
+
+
+@dataclass(frozen=True)
 class Suite:
     """
     Attributes:
         config: the pipeline with all stages, relative to configs/.
         tables: by number.
+        figures: by number.
     """
 
     config: str
     tables: dict[int, SuiteTable]
+    figures: dict[str, SuiteFigure]
 
 
 # Columns of Table 1.
@@ -191,6 +219,23 @@ def _table6(columns: tuple[Column, ...], *opts: str) -> SuiteTable:
     )
 
 
+def _figures(column: str, general: str) -> dict[str, SuiteFigure]:
+    ours = {"table": 1, "row": "Ours - full", "column": column}
+    objects = {"table": 7, "row": "mean", "column": general}
+    return {
+        "1": SuiteFigure("Learned by watching videos", **ours),
+        "3": SuiteFigure(
+            "Several objects, and a weakly supervised detector",
+            **ours,
+            objects=2,
+            beside="PCL (WSOD)",
+        ),
+        "4": SuiteFigure("Beyond musical instruments", **objects, count=8),
+        "A.1": SuiteFigure("More objects beyond musical instruments", **objects, skip=8, count=16),
+        "A.2": SuiteFigure("Failure cases", **ours, count=4, is_failures=True),
+    }
+
+
 def _vggsound() -> Suite:
     vggsound = "vggsound_test_boxes"
     audioset = "audioset_instruments_test"
@@ -245,6 +290,7 @@ def _vggsound() -> Suite:
             6: _table6(ap50),
             7: _per_class(general, "detector_K300", names_7, *_matching(SPACE="all")),
         },
+        _figures("OpenImages AP50", "AP50"),
     )
 
 
@@ -292,6 +338,7 @@ def _synthetic() -> Suite:
                 *_matching(SPACE="all"),
             ),
         },
+        _figures("AP50", "AP50"),
     )
 
 

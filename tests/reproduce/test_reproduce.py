@@ -236,10 +236,11 @@ def _trained_with(folder: Path, *opts: str) -> None:
 def test_runs_with_other_options_are_refused(opts, tmp_path):
     _trained_with(tmp_path)
     table = SUITES["synthetic"].tables[6]
-    Runs(SUITES["synthetic"], str(tmp_path), []).check_unchanged(table)
+    same = Runs(SUITES["synthetic"], str(tmp_path), [])
+    same.check_unchanged(same.evaluations(table))
     other = Runs(SUITES["synthetic"], str(tmp_path), list(opts))
     with pytest.raises(ValueError, match=f"other options.*{opts[0]} was"):
-        other.check_unchanged(table)
+        other.check_unchanged(other.evaluations(table))
 
 
 def test_options_of_an_evaluation_have_a_folder_of_their_own(tmp_path):
