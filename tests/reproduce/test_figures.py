@@ -4,13 +4,13 @@ Figures from finished runs: which images are chosen, and what is drawn on them.
 """
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from detectron2.structures import BoxMode
@@ -55,12 +55,13 @@ def drawn(monkeypatch):
 
 def _finish(runs: Runs, number: str, detections: list[tuple]) -> None:
     (evaluation,) = figure_evaluations(SUITE.figures[number], SUITE, runs)
-    for folder in {evaluation.folder, evaluation.stage.folder}:
-        os.makedirs(os.path.join(folder, "inference"), exist_ok=True)
-    Path(evaluation.stage.weights).write_bytes(b"")
-    Path(evaluation.stage.folder, "last_checkpoint").write_text("model_final.pth")
-    inference = Path(evaluation.folder, "inference")
-    inference.joinpath("results.json").write_text('{"bbox": {"AP50": 1.0}}')
+    stage, inference = Path(evaluation.stage.folder), Path(evaluation.folder, "inference")
+    for folder in (stage / "inference", inference):
+        folder.mkdir(parents=True, exist_ok=True)
+    torch.save({}, evaluation.stage.weights)
+    (stage / "last_checkpoint").write_text("model_final.pth")
+    for folder in (stage / "inference", inference):
+        (folder / "results.json").write_text('{"bbox": {"AP50": 1.0}}')
     results = [
         {"image_id": image, "category_id": label, "score": score, "bbox": box}
         for image, label, score, box in detections
