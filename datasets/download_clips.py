@@ -20,7 +20,14 @@ from collections import Counter
 from itertools import chain
 
 from annotations.audioset import audioset_lists, read_audioset_csv
-from annotations.downloads import CLASSES, MISSING, Settings, download, write_classes
+from annotations.downloads import (
+    CLASSES,
+    MISSING,
+    Settings,
+    download,
+    present,
+    write_classes,
+)
 from annotations.music_clips import read_music_videos
 from annotations.prepare import run_script, script_parser
 from annotations.segments import ClipListSpec
@@ -74,7 +81,7 @@ def prepare(args: argparse.Namespace) -> list[str]:
         missing = download(list(segments.values()), videos, settings)
     finally:
         rows = write_classes(lists, videos, missing, whole) if os.path.isdir(videos) else []
-    there = sum(row[2] for row in rows)
+    there = len(present(segments.values(), videos, whole))
     reasons = Counter(missing.values()).most_common(5)
     return [
         *(f"{label}: {found} of {count}, {gone} missing" for label, count, found, gone in rows),
