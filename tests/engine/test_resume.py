@@ -35,6 +35,19 @@ def joint_training(tiny_av, folder, teacher, *opts):
     return make_cfg(tiny_av, folder, LABELS, "4", *opts)
 
 
+def timm_training(tiny_av, folder, teacher, *opts):
+    """
+    Part of the encoder is frozen, and the rest has a learning rate of its own.
+    """
+    words = ["MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.BACKBONE.FREEZE_AT", "2"]
+    words += ["MODEL.TIMM.NAME", "test_resnet", "MODEL.LOCALIZER.VISUAL_FEATURE", "layer3"]
+    words += ["MODEL.LOCALIZER.AUDIO_ENCODER.NAME", "TimmAudioEncoder"]
+    words += ["MODEL.LOCALIZER.AUDIO_ENCODER.TIMM.NAME", "test_vit"]
+    words += ["MODEL.LOCALIZER.AUDIO_ENCODER.TIMM.OUT_FEATURES", "('blocks.1',)"]
+    words += ["SOLVER.BACKBONE_MULTIPLIER", "0.5"]
+    return make_cfg(tiny_av, folder, "MODEL.LOCALIZER.LAMBDA", "1.0", *words, *opts)
+
+
 def simclr(tiny_av, folder, teacher, *opts):
     return simclr_cfg(tiny_av, folder, *opts)
 
@@ -104,7 +117,16 @@ def _images(folder: Path) -> str:
     return name
 
 
-KINDS = [pretraining, joint_training, simclr, warmup, detector, next_round, stock_detector]
+KINDS = [
+    pretraining,
+    joint_training,
+    timm_training,
+    simclr,
+    warmup,
+    detector,
+    next_round,
+    stock_detector,
+]
 
 
 class Seen(AVTrainer):
