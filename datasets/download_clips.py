@@ -4,14 +4,14 @@
 Download the clips that published lists name, by yt-dlp: only the seconds that are annotated.
 
     python datasets/download_clips.py vggsound --csv vggsound.csv --lists mappable_train
-    python datasets/download_clips.py audioset --csv balanced_train_segments.csv --videos /data/audioset
+    python datasets/download_clips.py audioset --csv balanced_train_segments.csv --videos audioset
     python datasets/download_clips.py music --csv MUSIC_solo_videos.json          whole videos
 
 It needs `pip install yt-dlp` and the program ffmpeg. Sites have terms of use, and videos have
 owners: whether you may download them is yours to know. By default one video is asked for at a time,
 with a pause of 5 to 10 seconds. It can be stopped and started again. missing.csv beside the clips
-says what could not be had, and why; what is gone for good is not asked for again. classes.csv counts
-the clips of each class. The scripts prepare_*.py then make the clip lists.
+says what could not be had, and why; what is gone for good is not asked for again. classes.csv
+counts the clips of each class. The scripts prepare_*.py then make the clip lists.
 """
 
 import argparse

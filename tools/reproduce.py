@@ -13,8 +13,8 @@ Prints a table of the paper with our measurements beside it, row for row, or dra
 A number of ours is printed only if it was measured; the paper's are marked as the paper's. Tables
 share their runs, and an interrupted run goes on where it stopped. With several folders, which are
 runs with the seeds 1, 2, ..., a cell is their mean and standard deviation. Each table is also
-written, as Markdown and json. Figures are drawn from the first of the folders: the surest detections of
-each class in turn, and failures that are chosen by rule.
+written, as Markdown and json. Figures are drawn from the first of the folders: the surest
+detections of each class in turn, and failures that are chosen by rule.
 """
 
 import argparse

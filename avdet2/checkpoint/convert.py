@@ -30,8 +30,8 @@ TF2_VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 SECOND = re.compile(
     r"(^|[/._])(encoder_k|key|momentum(_\w+)?|student|target|ema(_model)?)([/._]|$)"
 )
-# Where there still are two, one is lightly's momentum encoder, which it evaluates, or it is the same
-# network by another name, as in BYOL by lucidrains.
+# Where there still are two, one is lightly's momentum encoder, which it evaluates, or it is the
+# same network by another name, as in BYOL by lucidrains.
 ONLINE = re.compile(r"(^|[/._])(query|online)([/._]|$)")
 
 

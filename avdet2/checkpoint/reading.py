@@ -97,8 +97,8 @@ def read_checkpoint(path: str) -> Mapping[str, Any]:
 
     Args:
         path: of a PyTorch file, or a .pkl of arrays (see :func:`load_file`); of a .safetensors
-            file; of an .npz that tools/dump_tf_checkpoint.py wrote; or of a TensorFlow checkpoint: its folder, a zip of
-            it, or its prefix (model.ckpt-225206).
+            file; of an .npz that tools/dump_tf_checkpoint.py wrote; or of a TensorFlow checkpoint:
+            its folder, a zip of it, or its prefix (model.ckpt-225206).
 
     Returns:
         Mapping: as PyTorch's file has it, or arrays by variable name.

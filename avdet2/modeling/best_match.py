@@ -1,8 +1,8 @@
 # Copyright (c) avdet2 authors. Licensed under Apache 2.0.
 """
-The detector's losses to the letter of Sec. 3.3 and App. B: of each object's proposals (anchors) only
-the best one is positive, those below tau are background, and boxes learn by the L1 loss of their
-corners. The configs' default is stock Faster R-CNN; configs/Base-BestMatch.yaml is this.
+The detector's losses to the letter of Sec. 3.3 and App. B: of each object's proposals (anchors)
+only the best one is positive, those below tau are background, and boxes learn by the L1 loss of
+their corners. The configs' default is stock Faster R-CNN; configs/Base-BestMatch.yaml is this.
 """
 
 import torch

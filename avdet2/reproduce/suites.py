@@ -153,8 +153,8 @@ def _table1(columns: tuple[Column, ...], **others: Source) -> SuiteTable:
 # Of Table 2.
 AGNOSTIC_NOTE = (
     "In the column multi, rows of methods without classes (Objects that Sound, Attention, DMC, "
-    "Center Box) count all that is above 0.0001 of the map's maximum, as DSOL's code does: a map that is "
-    "nowhere near zero is the whole frame."
+    "Center Box) count all that is above 0.0001 of the map's maximum, as DSOL's code does: a map "
+    "that is nowhere near zero is the whole frame."
 )
 
 

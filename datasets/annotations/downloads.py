@@ -3,8 +3,8 @@
 Segments of videos, fetched by yt-dlp: only their own seconds, under the names that the scripts
 prepare_*.py look for.
 
-Beside the clips lie missing.csv (id,reason: what could not be had) and classes.csv (what there is of
-each class).
+Beside the clips lie missing.csv (id,reason: what could not be had) and classes.csv (what there is
+of each class).
 """
 
 import logging
