@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -141,6 +142,16 @@ class PreparedClips(Store):
         """
         return self.notes["root"]
 
+    @cached_property
+    def roots(self) -> tuple[str, ...]:
+        """
+        The root, and the folder that lies where it lay, seen from here: both may have been moved
+        together.
+        """
+        relative = self.notes.get("root_from_here", "")
+        moved = os.path.normpath(os.path.join(os.path.abspath(self.folder), relative))
+        return (self.root, moved) if relative and moved != self.root else (self.root,)
+
     def __contains__(self, clip: Mapping[str, Any]) -> bool:
         return self.place(clip) is not None
 
@@ -151,9 +162,11 @@ class PreparedClips(Store):
         Args:
             clip: dict with `file_name`, `start` and `duration`.
         """
-        place = int(self.find(clip_key(self.root, clip["file_name"], clip["start"])))
-        is_there = place >= 0 and self.rows["duration"][place] > clip["duration"] - 0.05
-        return place if is_there else None
+        for root in self.roots:
+            place = int(self.find(clip_key(root, clip["file_name"], clip["start"])))
+            if place >= 0 and self.rows["duration"][place] > clip["duration"] - 0.05:
+                return place
+        return None
 
     def clip(self, place: int) -> PreparedClip:
         """

@@ -123,7 +123,7 @@ class PreparedWriter(StoreWriter):
             settings: must be those of the clips in it.
             root: folder of the videos; one that was recorded before stays.
         """
-        notes = {"root": os.path.abspath(root)}
+        notes = {"root": os.path.abspath(root), "root_from_here": os.path.relpath(root, folder)}
         super().__init__(PreparedClips, folder, asdict(settings), notes, shard_bytes)
 
     @property

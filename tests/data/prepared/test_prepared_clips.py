@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,7 +144,8 @@ def test_videos_may_move(tmp_path: Path, clips: list[dict[str, Any]]) -> None:
     settings["root"] = "/elsewhere"
     (tmp_path / "prepared.json").write_text(json.dumps(settings))
     moved = {**clips[0], "file_name": "/elsewhere/a.mp4"}
-    assert moved in PreparedClips(str(tmp_path)) and clips[0] not in PreparedClips(str(tmp_path))
+    other = {**clips[0], "file_name": "/another/a.mp4"}
+    assert moved in PreparedClips(str(tmp_path)) and other not in PreparedClips(str(tmp_path))
 
 
 def test_reader_falls_back_to_the_original(
@@ -516,3 +518,22 @@ def test_real_clips(shared_dir: Path, tmp_path: Path) -> None:
     assert np.abs(frame.astype(int) - small).mean() < 3
     # AAC fills some bands with noise, which depends on where decoding starts.
     assert np.std(waveform - sound) < 0.02 * np.std(sound)
+
+
+def test_videos_and_prepared_folder_are_moved_together(clips: list[dict], tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(Path(clips[0]["file_name"]).parent, old / "videos")
+    at_old, at_new = (
+        [{**x, "file_name": str(place / "videos" / Path(x["file_name"]).name)} for x in clips[:2]]
+        for place in (old, new)
+    )
+    with PreparedWriter(str(old / "prepared"), PrepareSettings(), str(old / "videos")) as writer:
+        for clip in at_old:
+            writer.add(prepare_clip(clip, PrepareSettings(), writer.root))
+    old.rename(new)
+    moved = PreparedClips(str(new / "prepared"))
+    assert [moved.place(clip) for clip in at_new] == [0, 1]
+    # Videos that stayed where they were are found, too, as they always were.
+    assert [moved.place(clip) for clip in at_old] == [0, 1]
+    elsewhere = [{**x, "file_name": str(tmp_path / "videos" / "a.mp4")} for x in at_old]
+    assert not any(clip in moved for clip in elsewhere)
