@@ -132,7 +132,8 @@ def fitted_boxes(boxes: torch.Tensor, image: torch.Tensor, side: int = 96) -> to
 
 
 def _reduced(image: torch.Tensor, side: int) -> np.ndarray:
-    height, width = image.shape[1:]
+    # Traced, they are tensors.
+    height, width = map(int, image.shape[1:])
     scale = min(1.0, side / min(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     picture = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())

@@ -52,7 +52,7 @@ def test_learned_is_clearly_better_than_guessing(tmp_path, accuracy, batch, lear
 
 @pytest.mark.parametrize(("accuracy", "learned"), [(0.55, False), (0.7, True)])
 def test_two_sounds_are_guessed_in_half_of_the_cases(tmp_path, accuracy, learned):
-    folder = make_stage(tmp_path, "localizer", "synthetic_attention.yaml")
+    folder = make_stage(tmp_path, "localizer", "synthetic_attention_senocak.yaml")
     found = verdict_of(folder, [{"iteration": 0, "triplet/accuracy": accuracy, "total_loss": 0.4}])
     assert found.numbers == {"accuracy": accuracy, "chance": 0.5, "iterations": 1}
     assert found.learned is learned

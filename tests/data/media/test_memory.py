@@ -162,7 +162,12 @@ def alone(function: Callable, folder: Path, *args: Any) -> Any:
 
 @pytest.mark.parametrize("prepared", ["", "prepared"])
 def test_good_clips(folder: Path, prepared: str) -> None:
-    assert_flat(alone(_good, folder, prepared))
+    change = alone(_good, folder, prepared)
+    if change[0] >= MOST_BYTES:
+        # Beside other work, what FFmpeg's threads free together at one time lies apart at another:
+        # resident memory may grow once. A leak grows in each process.
+        change = alone(_good, folder, prepared)
+    assert_flat(change)
 
 
 def test_bad_files_among_them(folder: Path) -> None:
