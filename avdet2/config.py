@@ -18,6 +18,7 @@ def add_avdet2_config(cfg: CN) -> None:
     """
     _add_data(cfg)
     _add_weights(cfg)
+    _add_avol(cfg)
     _add_localizer(cfg)
     _add_timm(cfg)
     _add_simclr(cfg)
@@ -89,13 +90,12 @@ def _add_weights(cfg: CN) -> None:
     # Detectron2, and run whatever code whoever wrote the file put there. Only the command line can
     # set it: a config file from elsewhere cannot. False: only tensors, arrays and basic types.
     cfg.MODEL.TRUST_PICKLES = False
-
-
-def _add_localizer(cfg: CN) -> None:
     # In the config.yaml of a finished training MODEL.WEIGHTS are its own, for whoever uses the
     # model; here are those that it started from, as the only entry. Not to be set by hand.
     cfg.MODEL.STARTED_FROM = ()
 
+
+def _add_avol(cfg: CN) -> None:
     # AVOL-Net as an image backbone (build_avol_backbone, build_avol_fpn_backbone): channels of its
     # four blocks; stride of the first convolution; the max-pooling behind blocks 1 to 3 (1: none).
     # 2 and (2, 2, 2) make the last map 1/16 of the image.
@@ -106,6 +106,8 @@ def _add_localizer(cfg: CN) -> None:
     cfg.MODEL.AVOL.NORM = "BN"
     cfg.MODEL.AVOL.OUT_FEATURES = ("conv4",)
 
+
+def _add_localizer(cfg: CN) -> None:
     cfg.MODEL.LOCALIZER = CN()
     node = cfg.MODEL.LOCALIZER
     # The visual encoder is cfg.MODEL.BACKBONE (any of BACKBONE_REGISTRY; the paper's is

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.structures import Boxes, Instances
 
-from avdet2.data.mappers.av_mapper import MAX_FAILURES_IN_A_ROW, limit_threads, to_image_tensor
+from avdet2.data.mappers.av_mapper import MAX_FAILURES_IN_A_ROW, limit_threads, picture_tensor
 from avdet2.data.mappers.read_counts import ReadCounts
 from avdet2.modeling.box_refinement import SelfBoxMaker
 from avdet2.self_boxes.heatmap_cache import HeatmapCache
@@ -56,7 +56,7 @@ class SelfBoxMapper:
             num_classes: of the detector.
             heatmaps: folder of the localizer's heatmaps of the prepared frames, or "".
             max_left_out: the largest share of samples that may not be readable.
-            jitter: of the images' colours, see :func:`to_image_tensor`; boxes are made before it.
+            jitter: of the images' colours, see :func:`picture_tensor`; boxes are made before it.
         """
         if labels not in ("none", "self", "video"):
             raise ValueError(f"MODEL.SELF_BOX.LABELS must be none, self or video, not {labels!r}")
@@ -118,15 +118,15 @@ class SelfBoxMapper:
         found = self.source.window_map(dataset_dict)
         if found is None:
             return None
-        transforms = found.window.transforms(self.image_size)
-        image = to_image_tensor(found.frame, transforms, self.image_format)
+        seen = found.window.transforms(self.image_size).apply_image(found.frame)
+        image = picture_tensor(seen, self.image_format)
         boxes = self._self_boxes(found.heatmap, image)
         if not len(boxes):
             self._count_empty()
             return None
         self.empty_in_a_row = 0
         if self.jitter:
-            image = to_image_tensor(found.frame, transforms, self.image_format, self.jitter)
+            image = picture_tensor(seen, self.image_format, self.jitter)
         instances = Instances((self.image_size, self.image_size))
         instances.gt_boxes = Boxes(boxes)
         label = self._label(dataset_dict, found.cluster)

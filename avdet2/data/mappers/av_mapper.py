@@ -34,12 +34,19 @@ def to_image_tensor(
     jitter: float = 0.0,
 ) -> torch.Tensor:
     """
-    A frame (H, W, 3) RGB, transformed, as a contiguous (3, h, w) tensor in "RGB" or "BGR".
+    A frame (H, W, 3) RGB, transformed, as a contiguous (3, h, w) tensor; see
+    :func:`picture_tensor`.
+    """
+    return picture_tensor(transform.apply_image(frame), image_format, jitter)
+
+
+def picture_tensor(image: np.ndarray, image_format: str, jitter: float = 0.0) -> torch.Tensor:
+    """
+    An image (h, w, 3) RGB as a contiguous (3, h, w) tensor in "RGB" or "BGR".
 
     With ``jitter`` s its brightness, contrast and saturation are multiplied by random factors from
     1 - s to 1 + s.
     """
-    image = transform.apply_image(frame)
     if jitter:
         for kind in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation):
             image = kind(1 - jitter, 1 + jitter).get_transform(image).apply_image(image)

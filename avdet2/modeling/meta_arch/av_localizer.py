@@ -264,7 +264,7 @@ class AVLocalizer(nn.Module):
         with torch.autocast(self.device.type, enabled=False):
             maps = self.objective.heatmaps(features.visual, features.audio)
         if self.tta != TestTimeAugmentation():
-            maps = self._mean_heatmaps(images, features.audio, maps.shape[1:])
+            maps = self._mean_heatmaps(images, features.audio, maps)
         with torch.autocast(self.device.type, enabled=False):
             logits = self.sounding.logits(features.visual, maps)
         if logits is not None:
@@ -272,26 +272,33 @@ class AVLocalizer(nn.Module):
         return maps, features
 
     def _mean_heatmaps(
-        self, images: torch.Tensor, audio: torch.Tensor, cells: Sequence[int]
+        self, images: torch.Tensor, audio: torch.Tensor, own: torch.Tensor
     ) -> torch.Tensor:
         """
-        Heatmaps (N, h, w), float32: means over the views of preprocessed images (N, 3, H, W), whose
-        own heatmaps have (h, w) ``cells``, on the grid of the largest view.
+        Heatmaps, float32, on the grid of the largest view: means over the views of preprocessed
+        images (N, 3, H, W), whose ``own`` heatmaps are (N, h, w).
         """
-        scales, total = self.tta.scales, 0.0
+        scales, cells, total = self.tta.scales, own.shape[1:], 0.0
         grid = [max(1, round(side * max(scales))) for side in cells]
         mirrored = (False, True) if self.tta.flip else (False,)
         for scale, mirror in itertools.product(scales, mirrored):
-            size = [max(1, round(side * scale)) * self.visual_stride for side in cells]
-            view = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-            view = view.flip(-1) if mirror else view
-            view = view.contiguous(memory_format=torch.channels_last)
-            visual = self.loc_v(self.visual_encoder(view)[self.visual_feature]).float()
-            with torch.autocast(self.device.type, enabled=False):
-                maps = self.objective.heatmaps(*self.objective.embed(visual, audio))[:, None]
-                maps = maps.flip(-1) if mirror else maps
-                total = total + F.interpolate(maps, grid, mode="bilinear", align_corners=False)
+            maps = own
+            if (scale, mirror) != (1, False):
+                size = [max(1, round(side * scale)) * self.visual_stride for side in cells]
+                maps = self._heatmaps_of_view(images, audio, size, mirror)
+            total = total + F.interpolate(maps[:, None], grid, mode="bilinear", align_corners=False)
         return total[:, 0] / (len(scales) * len(mirrored))
+
+    def _heatmaps_of_view(
+        self, images: torch.Tensor, audio: torch.Tensor, size: Sequence[int], mirror: bool
+    ) -> torch.Tensor:
+        view = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+        view = view.flip(-1) if mirror else view
+        view = view.contiguous(memory_format=torch.channels_last)
+        visual = self.loc_v(self.visual_encoder(view)[self.visual_feature]).float()
+        with torch.autocast(self.device.type, enabled=False):
+            maps = self.objective.heatmaps(*self.objective.embed(visual, audio))
+        return maps.flip(-1) if mirror else maps
 
     def inference(self, batched_inputs: Batch) -> list[dict]:
         """
