@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_localizer(cfg, args.config_file, cfg.MODEL.WEIGHTS)
 
     def vectors_of(batch: Batch) -> torch.Tensor:
-        maps, features = model.localize(batch)
+        maps, features = model.respond(batch)
         return object_vectors(features.visual, maps).cpu()
 
     clips, _ = training_clips(cfg.DATASETS.TRAIN)

@@ -186,7 +186,7 @@ class SelfLabelHook(HookBase):
             self._mapper,
             self._node.BATCH_SIZE,
             cfg.DATALOADER.NUM_WORKERS,
-            call=lambda batch: model.localize(batch)[1],
+            call=lambda batch: model.respond(batch)[1],
         )
         for inputs, features in batches:
             ids = sample_ids_on(inputs, torch.device("cpu"))

@@ -87,7 +87,7 @@ def _embeddings(
         AVMapper(cfg, "center"),
         cfg.MODEL.LOCALIZER.SELF_LABEL.BATCH_SIZE,
         cfg.DATALOADER.NUM_WORKERS,
-        call=model.localize,
+        call=model.respond,
     )
     ids, parts = [], []
     for inputs, (maps, features) in batches:

@@ -53,7 +53,7 @@ class TableLocalizer(nn.Module):
         self.cls_a = nn.Sequential(nn.Conv2d(4, CLUSTERS, 1))
         self.num_clusters, self.passes = CLUSTERS, 0
 
-    def localize(self, inputs: list[dict]) -> tuple[None, PairFeatures]:
+    def respond(self, inputs: list[dict]) -> tuple[None, PairFeatures]:
         self.passes += 1
         ids = [x["sample_id"] for x in inputs]
         return None, PairFeatures(torch.empty(0), self.embed[ids], self.v[ids], self.a[ids])

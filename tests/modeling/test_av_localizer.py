@@ -397,6 +397,21 @@ def test_a_heatmap_with_flips_does_not_know_left_from_right():
     torch.testing.assert_close(_map(model, mirrored, flip=True).flip(-1), flipped)
 
 
+def test_features_and_their_own_heatmap_need_no_further_views():
+    model, batch = small_model().eval(), pair_samples(2 * ((64, 96),))
+    plain = _map(model, batch)
+    seen = []
+    model.tta = TestTimeAugmentation((1.0, 2.0), True)
+    model.visual_encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2:]))
+    with torch.no_grad():
+        maps, features = model.respond(batch)
+        assert len(seen) == 1
+        model.localize(batch)
+    # The image itself is not seen twice.
+    assert sorted(map(tuple, seen[1:])) == [(64, 96), (64, 96), (128, 192), (128, 192)]
+    assert torch.equal(maps, plain) and maps.shape[1:] == features.visual.shape[2:]
+
+
 def test_test_time_augmentation_is_a_matter_of_keys():
     cfg = small_cfg()
     cfg.MODEL.LOCALIZER.TTA.SCALES, cfg.MODEL.LOCALIZER.TTA.FLIP = (1.0, 1.5), True

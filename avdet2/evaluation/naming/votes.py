@@ -89,7 +89,7 @@ def collect_votes(model: AVLocalizer, cfg: CfgNode, clips: Sequence[dict]) -> Cl
         AVMapper(cfg, "center"),
         cfg.MODEL.LOCALIZER.SELF_LABEL.BATCH_SIZE,
         cfg.DATALOADER.NUM_WORKERS,
-        call=lambda batch: model.localize(batch)[1],
+        call=lambda batch: model.respond(batch)[1],
     )
     # A process may have no clip at all.
     empty = torch.empty(0, model.num_clusters)

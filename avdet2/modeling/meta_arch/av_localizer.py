@@ -257,15 +257,27 @@ class AVLocalizer(nn.Module):
         Heatmaps of pairs whose images have one size.
 
         Returns:
-            tuple: heatmaps (N, h, w) as the objective makes them, and the features.
+            tuple: heatmaps (N, h, w) as the objective makes them, on the grid of the largest view
+            of MODEL.LOCALIZER.TTA, and the features.
         """
         images, spectrograms = self.preprocess(batched_inputs)
+        maps, features = self._respond(images, spectrograms)
+        if self.tta != TestTimeAugmentation():
+            maps = self._mean_heatmaps(images, features.audio, maps)
+        return maps, features
+
+    def respond(self, batched_inputs: Batch) -> tuple[torch.Tensor, PairFeatures]:
+        """
+        As :meth:`localize`, without its further views: heatmaps on the grid of the features.
+        """
+        return self._respond(*self.preprocess(batched_inputs))
+
+    def _respond(
+        self, images: torch.Tensor, spectrograms: torch.Tensor
+    ) -> tuple[torch.Tensor, PairFeatures]:
         features = self.extract(images, spectrograms)
         with torch.autocast(self.device.type, enabled=False):
             maps = self.objective.heatmaps(features.visual, features.audio)
-        if self.tta != TestTimeAugmentation():
-            maps = self._mean_heatmaps(images, features.audio, maps)
-        with torch.autocast(self.device.type, enabled=False):
             logits = self.sounding.logits(features.visual, maps)
         if logits is not None:
             features = features._replace(logits_v=logits, logits_a=torch.zeros_like(logits))
