@@ -5,22 +5,18 @@ What a trained model does on a sample of its clips, and the hook that says wheth
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
-from detectron2.config import CfgNode
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from avdet2.data.clips import training_clips
-from avdet2.data.mappers.av_mapper import AVMapper, to_image_tensor
-from avdet2.data.media.video import MediaError
+from avdet2.data.mappers.av_mapper import AVMapper
+from avdet2.engine.sample_outputs import sample_outputs
 from avdet2.engine.stages import StageKind
 from avdet2.engine.stages.localizer import LocalizerStage
 from avdet2.engine.stages.self_box_detector import SelfBoxDetectorStage
@@ -53,33 +49,14 @@ def look(kind: StageKind, model: nn.Module) -> dict[str, float]:
         from :data:`SCORE` on, and "best_score", the median of images. Empty for other models, and
         where no clip could be read.
     """
-    if isinstance(kind, LocalizerStage):
-        return self_box_numbers([model([inputs])[0] for inputs, _ in _sample(kind.cfg)])
-    if not isinstance(kind, SelfBoxDetectorStage):
+    is_localizer = isinstance(kind, LocalizerStage)
+    if not is_localizer and not isinstance(kind, SelfBoxDetectorStage):
         return {}
-    node = kind.cfg.INPUT
-    resize = ResizeShortestEdge([node.MIN_SIZE_TEST] * 2, node.MAX_SIZE_TEST)
-    scores = []
-    for _, frame in _sample(kind.cfg):
-        image = to_image_tensor(frame, resize.get_transform(frame), node.FORMAT).float()
-        height, width = frame.shape[:2]
-        (output,) = model([{"image": image, "height": height, "width": width}])
-        scores.append(output["instances"].scores.cpu().numpy())
-    return detection_numbers(scores)
-
-
-def _sample(cfg: CfgNode) -> Iterator[tuple[dict, np.ndarray]]:
-    """
-    Training clips at equal steps: what the localizer's mapper makes of them, and whole frames.
-    """
-    clips, _ = training_clips(cfg.DATASETS.TRAIN)
-    mapper = AVMapper(cfg, "full")
-    for i in np.linspace(0, len(clips) - 1, min(SAMPLE, len(clips))).astype(int):
-        try:
-            sample = mapper.read(clips[i])
-        except MediaError:
-            continue
-        yield mapper.output(clips[i], *sample), sample[0]
+    found = sample_outputs(kind.cfg, model, AVMapper(kind.cfg, "full"), SAMPLE)
+    outputs = [output for _, _, output in found]
+    if is_localizer:
+        return self_box_numbers(outputs)
+    return detection_numbers([output["instances"].scores.cpu().numpy() for output in outputs])
 
 
 def self_box_numbers(outputs: Sequence[dict]) -> dict[str, float]:
@@ -156,8 +133,7 @@ class VerdictHook(HookBase):
         comm.synchronize()
 
     def _say(self) -> None:
-        with torch.no_grad():
-            seen = look(self._kind, self._model)
+        seen = look(self._kind, self._model)
         verdict = judge(self._kind, self._path.parent, comm.get_world_size(), seen)
         if verdict:
             write_results(self._path, asdict(verdict))

@@ -7,23 +7,19 @@ validation set likes best, pictures, and Weights & Biases.
 import json
 import os
 from collections import defaultdict
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from detectron2.config import CfgNode
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from avdet2.checkpoint.checkpointer import AVCheckpointer
-from avdet2.data.clips import training_clips
 from avdet2.data.mappers.av_mapper import AVMapper
-from avdet2.data.media.video import MediaError
+from avdet2.engine.sample_outputs import sample_outputs
 from avdet2.modeling.meta_arch import AVLocalizer
 from avdet2.utils.files import write_whole
 from avdet2.visualization import draw_boxes, overlay_heatmap
@@ -90,35 +86,23 @@ class Pictures(HookBase):
         """
         self._cfg, self._model = cfg, model
         self._mapper = AVMapper(cfg, "full")
-        self._resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self._cfg.VIS_PERIOD:
             return
-        clips, _ = training_clips(self._cfg.DATASETS.TRAIN)
-        steps = np.linspace(0, len(clips) - 1, min(NUM_CLIPS, len(clips))).astype(int)
         was_training = self._model.training
         self._model.eval()
         try:
-            for i in steps:
-                # As in training, a clip that cannot be read is left out.
-                with suppress(MediaError), torch.no_grad():
-                    image = self._drawn(clips[int(i)])
-                    self.trainer.storage.put_image(f"clips/{i}", image.transpose(2, 0, 1))
+            found = sample_outputs(self._cfg, self._model, self._mapper, NUM_CLIPS)
+            for i, frame, output in found:
+                image = self._drawn(frame, output)
+                self.trainer.storage.put_image(f"clips/{i}", image.transpose(2, 0, 1))
         finally:
             self._model.train(was_training)
 
-    def _drawn(self, clip: dict[str, Any]) -> np.ndarray:
-        frame, sound = self._mapper.read(clip)
+    def _drawn(self, frame: np.ndarray, output: dict[str, Any]) -> np.ndarray:
         if isinstance(self._model, AVLocalizer):
-            output = self._model([self._mapper.output(clip, frame, sound)])[0]
             frame = overlay_heatmap(frame, output["heatmap"].float().cpu().numpy())
-        else:
-            image = frame[:, :, ::-1] if self._cfg.INPUT.FORMAT == "BGR" else frame
-            image = self._resize.get_transform(image).apply_image(image).astype(np.float32)
-            image = torch.from_numpy(image.transpose(2, 0, 1))
-            height, width = frame.shape[:2]
-            output = self._model([{"image": image, "height": height, "width": width}])[0]
         # Detections are in the order of their scores.
         found = output["instances"][:NUM_BOXES].to("cpu")
         classes, scores = found.pred_classes.tolist(), found.scores.tolist()
