@@ -6,12 +6,13 @@ results.json: the results of an evaluation, or of all stages of a pipeline, by t
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from avdet2.utils.files import write_whole
 
-__all__ = ["read_results", "results_file", "write_results"]
+__all__ = ["detections_file", "read_results", "results_file", "write_results"]
 
 
 def results_file(output_dir: str) -> str:
@@ -19,6 +20,14 @@ def results_file(output_dir: str) -> str:
     Where a run's results are written.
     """
     return os.path.join(output_dir, "inference", "results.json")
+
+
+def detections_file(output_dir: str | os.PathLike[str], name: str, names: Sequence[str]) -> str:
+    """
+    Where a run's detections on one of its test sets ``names`` are written, as COCO results.
+    """
+    inside = name if len(names) > 1 else ""
+    return os.path.join(output_dir, "inference", inside, "coco_instances_results.json")
 
 
 def write_results(path: str | os.PathLike[str], results: dict[str, Any]) -> None:

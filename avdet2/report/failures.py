@@ -3,9 +3,8 @@
 Failure cases of a run's detector on its test images, drawn for the page.
 """
 
-import json
 import logging
-from collections import defaultdict
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.structures import BoxMode
 
 from avdet2.engine.verdict import SCORE
-from avdet2.evaluation.detection.failures import KINDS, Failure, Found, failures
+from avdet2.evaluation.detection.failures import KINDS, Failure, failures, read_found
+from avdet2.evaluation.results import detections_file
 from avdet2.report.run_folder import FinishedStage
 from avdet2.visualization import draw_boxes
 
@@ -46,17 +46,14 @@ def draw_failures(stage: FinishedStage, folder: Path) -> dict[str, list[ShownFai
         {what went wrong: pictures}; empty where there was no such evaluation, or its images are
         away.
     """
-    names, inference = stage.cfg.DATASETS.TEST, stage.folder / "inference"
-    path = inference / (names[0] if len(names) > 1 else "") / "coco_instances_results.json"
-    if not (names and path.is_file()):
+    names = stage.cfg.DATASETS.TEST
+    path = detections_file(stage.folder, names[0], names) if names else ""
+    if not os.path.isfile(path):
         return {}
     try:
         images, metadata = DatasetCatalog.get(names[0]), MetadataCatalog.get(names[0])
         classes = metadata.get("thing_dataset_id_to_contiguous_id", {})
-        results = defaultdict(list)
-        for result in json.loads(path.read_text()):
-            results[result["image_id"]].append(result)
-        found = {image: Found.of_results(own, classes) for image, own in results.items()}
+        found = read_found(path, classes)
         shown: dict[str, list[ShownFailure]] = {}
         for kind, cases in failures(images, found, SCORE).items():
             for place, case in enumerate(cases):

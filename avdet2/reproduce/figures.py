@@ -3,7 +3,6 @@
 The paper's figures from our own runs: what a detector finds on test images, and where it fails.
 """
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,8 @@ import numpy as np
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 
-from avdet2.evaluation.detection.failures import KINDS, Found, failures
+from avdet2.evaluation.detection.failures import KINDS, Found, failures, read_found
+from avdet2.evaluation.results import detections_file
 from avdet2.reproduce.runs import Evaluation, Runs
 from avdet2.reproduce.suites import Suite, SuiteFigure
 from avdet2.visualization import draw_boxes, save_grid
@@ -86,18 +86,11 @@ def draw_figure(path: str, figure: SuiteFigure, suite: Suite, runs: Runs) -> lis
 
 
 def _read(evaluation: Evaluation, test_set: str) -> Detections:
-    inside = test_set if len(evaluation.test_sets) > 1 else ""
-    path = os.path.join(evaluation.folder, "inference", inside, "coco_instances_results.json")
+    path = detections_file(evaluation.folder, test_set, evaluation.test_sets)
     if not evaluation.is_done() or not os.path.isfile(path):
         raise ValueError(f"{path} is not there, or older than its weights: --run makes it")
     images, metadata = list(DatasetCatalog.get(test_set)), MetadataCatalog.get(test_set)
-    results = defaultdict(list)
-    with open(path) as f:
-        for result in json.load(f):
-            if result["score"] >= SCORE:
-                results[result["image_id"]].append(result)
-    classes = metadata.thing_dataset_id_to_contiguous_id
-    found = {image: Found.of_results(own, classes) for image, own in results.items()}
+    found = read_found(path, metadata.thing_dataset_id_to_contiguous_id, SCORE)
     return Detections(images, found, metadata.thing_classes)
 
 

@@ -3,6 +3,8 @@
 Failure cases of a detector, chosen by rule and not by hand.
 """
 
+import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from detectron2.structures.boxes import pairwise_intersection
 
-__all__ = ["KINDS", "Failure", "Found", "failures", "failures_of_image"]
+__all__ = ["KINDS", "Failure", "Found", "failures", "failures_of_image", "read_found"]
 
 KINDS = {
     "wrong class": "A good box, and the wrong class",
@@ -49,6 +51,19 @@ class Found:
             np.array([classes[x["category_id"]] for x in results], np.int64),
             np.array([x["score"] for x in results], np.float64),
         )
+
+
+def read_found(path: str, classes: Mapping[int, int], least: float = 0.0) -> dict[Any, Found]:
+    """
+    A file of COCO results by image, of scores that are at least so high; their categories stand for
+    these classes.
+    """
+    results = defaultdict(list)
+    with open(path) as stream:
+        for result in json.load(stream):
+            if result["score"] >= least:
+                results[result["image_id"]].append(result)
+    return {image: Found.of_results(own, classes) for image, own in results.items()}
 
 
 @dataclass(frozen=True)
